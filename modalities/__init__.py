@@ -1,0 +1,1 @@
+"""One package per modality: its data, frozen backbones, heads, tasks and published systems."""

@@ -1,0 +1,1 @@
+"""diffusion: see the files of this folder."""

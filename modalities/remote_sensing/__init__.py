@@ -1,0 +1,1 @@
+"""remote sensing: see the files of this folder."""

@@ -1,0 +1,107 @@
+"""Backbones: a library's frozen model behind one face, with its sites described."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from shared.context import Context
+from shared.errors import RequestError
+from shared.sites import Sites
+
+
+class Features(NamedTuple):
+    """What a vision backbone returns.
+
+    maps: one tensor (B, C, h, w) for each chosen depth, shallow to deep.
+    summary: (B, C), the class token or, where there is none, the mean of the last tokens.
+    """
+
+    maps: tuple[Tensor, ...]
+    summary: Tensor
+
+
+class Backbone(nn.Module):
+    """A frozen model with a name and described sites. Subclasses give ``sites`` and ``forward``.
+
+    name: what an adapter file records.  context: what one call tells the adapters (see ``shared.context``).
+    """
+
+    name: str
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+        self.context = Context()
+
+    def sites(self) -> Sites:
+        """The described sites, paths relative to this module."""
+        raise NotImplementedError(f"{type(self).__name__} describes no sites")
+
+
+class Embedded(NamedTuple):
+    """Tokens before the first block: (B, prefix + h*w, C), their grid (h, w), and what every block is also given."""
+
+    tokens: Tensor
+    grid: tuple[int, int]
+    extras: dict[str, Any]
+
+
+class TokenBackbone(Backbone):
+    """A transformer over image tokens that can be split at any depth.
+
+    depths: blocks (0-based) whose output becomes a feature map.  prefix: class and register tokens in front.
+    normed: apply the final norm to every map (the summary always has it).
+    Subclasses give ``blocks`` (iterable of modules), ``embed(image)`` and ``final(tokens)``.
+    """
+
+    blocks: Iterable[nn.Module]
+
+    def __init__(self, name: str, *, depths: Sequence[int], total: int, width: int, prefix: int, normed: bool):
+        super().__init__(name)
+        if bad := [d for d in depths if not -total <= d < total]:
+            raise RequestError(f"depths {bad} of {name}: it has blocks 0 to {total - 1}")
+        self.depths = tuple(sorted(d % total for d in depths))
+        self.width, self.prefix, self.normed = width, prefix, normed
+        self.channels = (width,) * len(self.depths)
+
+    def embed(self, image: Tensor) -> Embedded:
+        """image (B, bands, H, W) to tokens with positions."""
+        raise NotImplementedError
+
+    def final(self, tokens: Tensor) -> Tensor:
+        """The norm after the last block."""
+        raise NotImplementedError
+
+    def summarise(self, tokens: Tensor) -> Tensor:
+        """(B, C) of normed tokens: the class token, or the mean over the grid where there is none."""
+        return tokens[:, 0] if self.prefix else tokens.mean(1)
+
+    def forward(self, image: Tensor) -> Features:
+        """image (B, bands, H, W) to feature maps (B, width, h, w) at ``depths`` and a summary (B, width)."""
+        tokens, grid, extras = self.embed(image)
+        self.context.grid = grid
+        maps = []
+        for depth, block in enumerate(self.blocks):
+            tokens = block(tokens, **extras)
+            if depth in self.depths:
+                maps.append(self._as_map(self.final(tokens) if self.normed else tokens, grid))
+        return Features(tuple(maps), self.summarise(self.final(tokens)))
+
+    def _as_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        return tokens[:, self.prefix :].transpose(1, 2).unflatten(2, grid)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash of a model's frozen weights: names, shapes and values (read exactly, whatever the dtype)."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
+        if tensor.device.type != "meta":
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
