@@ -41,6 +41,10 @@ class Backbone(nn.Module):
         """The described sites, paths relative to this module."""
         raise NotImplementedError(f"{type(self).__name__} describes no sites")
 
+    def example(self) -> tuple[Tensor, ...] | None:
+        """Small inputs for the proof of effect at attach time; None where the backbone has none."""
+        return None
+
 
 class Embedded(NamedTuple):
     """Tokens before the first block: (B, prefix + h*w, C), their grid (h, w), and what every block is also given."""

@@ -16,7 +16,9 @@ class Context:
         if name.startswith("__"):
             raise AttributeError(name)
         known = ", ".join(sorted(vars(self))) or "nothing"
-        raise AttributeError(f"the context of this call holds no {name!r} (it holds {known}): whoever provides it did not run")
+        raise AttributeError(
+            f"the context of this call holds no {name!r} (it holds {known}): whoever provides it did not run"
+        )
 
     def clear(self) -> None:
         self.__dict__.clear()

@@ -95,10 +95,15 @@ class Sites(Sequence[Site]):
         for role in wanted:
             self._known(role)
         depths = self._depths(depth)
-        chosen = [s for s in self if s.role in wanted and (depths is None or s.depth in depths) and set(tags) <= set(s.tags)]
+        chosen = [
+            s for s in self if s.role in wanted and (depths is None or s.depth in depths) and set(tags) <= set(s.tags)
+        ]
         for role in wanted:
             if not any(site.role == role for site in chosen):
-                raise RequestError(f"no site of {self.owner} has role {role!r} at depth {depth!r}" + (f" with tags {tags}" if tags else ""))
+                raise RequestError(
+                    f"no site of {self.owner} has role {role!r} at depth {depth!r}"
+                    + (f" with tags {tags}" if tags else "")
+                )
         return Sites(chosen, self.owner)
 
     def _known(self, role: str) -> None:
@@ -106,7 +111,9 @@ class Sites(Sequence[Site]):
             return
         near = difflib.get_close_matches(role, self.roles, n=1)
         hint = f"; nearest: {near[0]!r}" if near else ""
-        raise RequestError(f"{self.owner} has no site with role {role!r}{hint}; it has {', '.join(self.roles) or 'none'}")
+        raise RequestError(
+            f"{self.owner} has no site with role {role!r}{hint}; it has {', '.join(self.roles) or 'none'}"
+        )
 
     def _depths(self, depth: str | int | Sequence[int]) -> set[int] | None:
         if depth == "all":
@@ -114,7 +121,9 @@ class Sites(Sequence[Site]):
         if isinstance(depth, str):
             word, _, count = depth.partition(" ")
             if word not in ("first", "last") or not count.isdigit() or not 0 < int(count) <= self.depth:
-                raise RequestError(f"depth {depth!r} of {self.owner}: use 'all', 'first N', 'last N' (1 to {self.depth}) or block indices")
+                raise RequestError(
+                    f"depth {depth!r} of {self.owner}: use 'all', 'first N', 'last N' (1 to {self.depth}) or block indices"
+                )
             n = int(count)
             return set(range(n)) if word == "first" else set(range(self.depth - n, self.depth))
         indices = {depth} if isinstance(depth, int) else set(depth)
@@ -151,7 +160,10 @@ def describe(model: nn.Module, owner: str = "") -> Sites:
             add("conv", path, module, width=module.out_channels, layout="BCHW")
         elif isinstance(module, nn.Embedding):
             add("embedding", path, module, width=module.embedding_dim)
-        elif isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)) and module.weight is not None:
+        elif (
+            isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm))
+            and module.weight is not None
+        ):
             add("norm", path, module)
     return Sites(found, owner or type(model).__name__)
 
@@ -169,7 +181,16 @@ def multihead_sites(path: str, attention: nn.MultiheadAttention, depth: int, **m
         ]
     else:
         sites += [
-            Site(f"attention.{name}", depth, path, attention, f"{name[0]}_proj_weight", rows=(0, width), width=width, **more)
+            Site(
+                f"attention.{name}",
+                depth,
+                path,
+                attention,
+                f"{name[0]}_proj_weight",
+                rows=(0, width),
+                width=width,
+                **more,
+            )
             for name in names
         ]
     out = f"{path}.out_proj".lstrip(".")

@@ -1,0 +1,381 @@
+"""The adapted model: a frozen backbone, the bank of its adapters, and an optional head."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared import store
+from shared.backbone import Backbone, fingerprint
+from shared.context import Context
+from shared.errors import RequestError
+from shared.host import Port, State, attach, detach
+from shared.method import Method
+from shared.proof import prove
+from shared.rows import run_by_rows
+from shared.sites import Sites, describe
+
+
+def adapt(
+    backbone: nn.Module,
+    method: Method,
+    *,
+    head: nn.Module | None = None,
+    name: str = "default",
+    sites: Sites | None = None,
+    example: Sequence[Any] | None = None,
+) -> Adapted:
+    """Freeze ``backbone``, attach ``method`` to its sites under ``name``, and give the model to train.
+
+    sites: described places where the backbone is no ``Backbone``; read from the module types if not given.
+    example: positional inputs for the proof of effect (see ``shared.proof``); a ``Backbone`` brings its own.
+
+    Raises RequestError where the method finds no site, and WorkError where an adapter has no effect on the output.
+    """
+    model = Adapted(backbone, head=head, sites=sites)
+    model.add(method, name=name, example=example)
+    return model
+
+
+class Adapted(nn.Module):
+    """A backbone with named adapters. Calling it is calling the backbone, then the head where there is one.
+
+    The backbone is changed in place (its hosts know their adapters) and restored bit for bit by ``remove``; its
+    state-dict keys stay as they were. Frozen means frozen: it stays in eval mode while adapters and head train, unless
+    the method trains it.
+    """
+
+    def __init__(self, backbone: nn.Module, *, head: nn.Module | None = None, sites: Sites | None = None):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.bank = nn.ModuleDict()
+        self.methods: dict[str, Method] = {}
+        self.state = State()
+        self.context: Context = backbone.context if isinstance(backbone, Backbone) else Context()
+        self._sites = sites
+        self._fingerprint: str | None = None
+        self._frozen = {n: p.requires_grad for n, p in backbone.named_parameters()}
+        backbone.requires_grad_(False)
+        backbone.eval()
+
+    # -- attaching -------------------------------------------------------------------------------------------------
+
+    def sites(self) -> Sites:
+        """The places of the backbone where adapters may go."""
+        if self._sites is not None:
+            return self._sites
+        return self.backbone.sites() if isinstance(self.backbone, Backbone) else describe(self.backbone)
+
+    def add(self, method: Method, *, name: str = "default", example: Sequence[Any] | None = None) -> None:
+        """Attach one more adapter and make it the active one; the model is unchanged where any step of it fails."""
+        if not name or "." in name or name in self.methods:
+            raise RequestError(
+                f"adapter name {name!r}: " + ("it is taken" if name in self.methods else "use a name without dots")
+            )
+        if self.state.merged:
+            raise RequestError("adapters are merged into the weights; unmerge() before adding another")
+        chosen = method.sites(self.sites())
+        if chosen is not None and not len(chosen):
+            raise RequestError(f"{type(method).__name__} attaches to zero sites of {self.backbone_name}")
+        modules = self._build(method, chosen)
+        before = self.state.active
+        self.bank[name] = nn.ModuleDict(modules)
+        self.methods[name] = method
+        try:
+            for site in chosen or ():
+                attach(site, modules[site.key], name, self.state)
+            self.activate(name)
+            if example is None and modules and isinstance(self.backbone, Backbone):
+                example = self.backbone.example()
+            if example is not None and modules:
+                prove(self, name, example)
+        except Exception:
+            self.remove(name)
+            self.state.active = before
+            raise
+        if method.trains_backbone:
+            self.fingerprint  # noqa: B018  of the weights before they train
+            self.backbone.requires_grad_(True)
+            self.train(self.training)
+
+    def _build(self, method: Method, chosen: Sites | None) -> dict[str, Any]:
+        if chosen is None:
+            return {}
+        device = next((s.module._parameters[s.parameter].device for s in chosen if s.parameter), None)  # type: ignore[union-attr,index]
+        device = device or next((p.device for p in self.backbone.parameters()), torch.device("cpu"))
+        with torch.device(device):
+            modules = method.build_all(chosen)
+        if set(modules) != {site.key for site in chosen}:
+            raise RequestError(f"{type(method).__name__} built {len(modules)} modules for {len(chosen)} sites")
+        for module in modules.values():
+            module.context = self.context
+        return modules
+
+    def remove(self, name: str = "default") -> None:
+        """Take an adapter off; the last one gone, the backbone is bit for bit what it was."""
+        self._known(name)
+        self.unmerge()
+        for host in self.backbone.modules():
+            if "_port" in host.__dict__:
+                detach(host, name)
+        del self.bank[name], self.methods[name]
+        self.state.active = tuple(pair for pair in self.state.active if pair[0] != name)
+        if not self.methods:
+            for parameter_name, parameter in self.backbone.named_parameters():
+                parameter.requires_grad_(self._frozen.get(parameter_name, True))
+
+    def hosts(self) -> dict[str, Port]:
+        """The ports of the backbone's hosts, by module path."""
+        return {path: m.__dict__["_port"] for path, m in self.backbone.named_modules() if "_port" in m.__dict__}
+
+    # -- switching -------------------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the adapters in force."""
+        return tuple(name for name, _ in self.state.active)
+
+    def activate(self, *names: str, strength: float | Mapping[str, float] = 1.0) -> None:
+        """Put these adapters in force, in this order (none: the bare model); constant time whatever is loaded."""
+        for name in names:
+            self._known(name)
+        if isinstance(strength, Mapping):
+            self.state.active = tuple((name, float(strength.get(name, 1.0))) for name in names)
+        else:
+            self.state.active = tuple((name, float(strength)) for name in names)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The bare model within a ``with`` block, merged or not."""
+        before, self.state.active = self.state.active, ()
+        try:
+            yield
+        finally:
+            self.state.active = before
+
+    def _known(self, name: str) -> None:
+        if name not in self.methods:
+            raise RequestError(f"no adapter {name!r}; loaded: {', '.join(self.methods) or 'none'}")
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        *args: Any,
+        adapters: Sequence[str | None] | None = None,
+        context: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the backbone and the head.
+
+        adapters: one adapter name (or None) for each sample of the batch, in place of the active ones.
+        context: named values for this call's adapters. The head gets the backbone's output and the spatial size of
+        the first input.
+        """
+        if adapters is not None:
+            return run_by_rows(self, adapters, args, {**kwargs, "context": context})
+        try:
+            self.context.__dict__.update(context or {})
+            output = self.backbone(*args, **kwargs)
+            return output if self.head is None else self.head(output, tuple(args[0].shape[2:]))
+        finally:
+            self.context.clear()
+
+    def train(self, mode: bool = True) -> Adapted:
+        super().train(mode)
+        if not any(method.trains_backbone for method in self.methods.values()):
+            self.backbone.eval()
+        return self
+
+    def step(self, number: int) -> None:
+        """Tell the active methods which training step comes next."""
+        for name in self.active:
+            self.methods[name].step(self.bank[name], number)  # type: ignore[arg-type]
+
+    def penalty(self) -> Tensor:
+        """The sum of the active methods' extra losses; 0 where there are none."""
+        losses = [self.methods[name].penalty(self.bank[name]) for name in self.active]  # type: ignore[arg-type]
+        anchor = next(self.parameters())
+        return sum((loss for loss in losses if loss is not None), torch.zeros((), device=anchor.device))
+
+    # -- merging ---------------------------------------------------------------------------------------------------
+
+    def merge(self) -> None:
+        """Write the active weight adapters into the stored weights; ``unmerge`` restores them bit for bit.
+
+        Raises RequestError where an active adapter acts on activations.
+        """
+        self.unmerge()
+        hosts = [m for m in self.backbone.modules() if "_port" in m.__dict__]
+        for name in self.active:
+            if stuck := [p for p, port in self.hosts().items() if name in port.around]:
+                raise RequestError(
+                    f"adapter {name!r} cannot be merged: it acts on activations at {stuck[0] or 'the model'}"
+                )
+        with torch.no_grad():
+            new = [
+                (host, p, host.__dict__["_port"].read(host, p).clone())
+                for host in hosts
+                for p in host.__dict__["_port"].on
+            ]
+            for host, parameter, value in new:
+                raw = host._parameters[parameter]
+                host.__dict__["_port"].stored[parameter] = raw.detach().clone()
+                raw.copy_(value)
+        self.state.merged = self.state.active
+
+    def unmerge(self) -> None:
+        """Put the frozen weights back from their copies."""
+        with torch.no_grad():
+            for host in self.backbone.modules():
+                for parameter, original in host.__dict__["_port"].stored.items() if "_port" in host.__dict__ else ():
+                    host._parameters[parameter].copy_(original)  # type: ignore[union-attr]
+                if "_port" in host.__dict__:
+                    host.__dict__["_port"].stored.clear()
+        self.state.merged = ()
+
+    # -- what trains -----------------------------------------------------------------------------------------------
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Exactly what trains, by name: ``adapter.<name>.<site>.<tensor>``, ``head.<tensor>``, ``backbone.<tensor>``."""
+        found = {f"adapter.{n}": p for n, p in self.bank.named_parameters() if n.partition(".")[0] in self.active}
+        if self.head is not None:
+            found |= {f"head.{n}": p for n, p in self.head.named_parameters()}
+        found |= {f"backbone.{n}": p for n, p in self.backbone.named_parameters()}
+        return {n: p for n, p in found.items() if p.requires_grad}
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The trainable parameters by role, for an optimiser: dictionaries with ``role``, ``names`` and ``params``."""
+        roles: dict[str, dict[str, Any]] = {}
+        for name, parameter in self.trainable().items():
+            role = name.partition(".")[0]
+            group = roles.setdefault(role, {"role": role, "names": [], "params": []})
+            group["names"].append(name)
+            group["params"].append(parameter)
+        return list(roles.values())
+
+    def count(self) -> dict[str, int]:
+        """Numbers of parameters: trainable, of them adapter and head, and frozen."""
+        sizes = {group["role"]: sum(p.numel() for p in group["params"]) for group in self.groups()}
+        frozen = sum(p.numel() for p in self.backbone.parameters() if not p.requires_grad)
+        trainable = sum(sizes.values())
+        return {
+            "trainable": trainable,
+            "adapter": sizes.get("adapter", 0),
+            "head": sizes.get("head", 0),
+            "frozen": frozen,
+        }
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    @property
+    def backbone_name(self) -> str:
+        return self.backbone.name if isinstance(self.backbone, Backbone) else type(self.backbone).__name__
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the frozen weights, taken once."""
+        if self._fingerprint is None:
+            if self.state.merged:
+                raise RequestError("the weights are merged; unmerge() before saving or loading")
+            self._fingerprint = fingerprint(self.backbone)
+        return self._fingerprint
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Trained tensors and the buffers of active adapters and head, by the names of ``trainable``."""
+        state: dict[str, Tensor] = {n: p.detach() for n, p in self.trainable().items()}
+        state |= {f"adapter.{n}": b for n, b in self.bank.named_buffers() if n.partition(".")[0] in self.active}
+        if self.head is not None:
+            state |= {f"head.{n}": b for n, b in self.head.named_buffers()}
+        if any(n.startswith("backbone.") for n in state):
+            state |= {f"backbone.{n}": b for n, b in self.backbone.named_buffers()}
+        return state
+
+    def load_trained_state(self, state: Mapping[str, Tensor], source: str = "state") -> None:
+        """Copy tensors in; every name and shape must fit, and nothing is changed where one does not."""
+        mine = self.trained_state()
+        missing, extra = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
+        shapes = [n for n in mine if n in state and mine[n].shape != state[n].shape]
+        if missing or extra or shapes or not state:
+            problems = [
+                f"{len(v)} {what} (first: {v[0]})"
+                for what, v in (("missing", missing), ("unexpected", extra), ("of another shape", shapes))
+                if v
+            ]
+            used = len(state) - len(extra) - len(shapes)
+            raise RequestError(
+                f"{source}: {used} of its {len(state)} tensors fit this model; {', '.join(problems) or 'it is empty'}"
+            )
+        with torch.no_grad():
+            for name, tensor in state.items():
+                mine[name].copy_(tensor)
+
+    def save(
+        self,
+        path: str | os.PathLike,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the active adapter and the head to one adapter file."""
+        if len(self.active) != 1:
+            raise RequestError(f"{path}: one adapter a file; active are {', '.join(self.active) or 'none'}")
+        name = self.active[0]
+        method = self.methods[name]
+        header = {
+            "method": {"type": type(method).__name__, "arguments": method.arguments()},
+            "backbone": {"name": self.backbone_name, "fingerprint": self.fingerprint},
+            "sites": list(self.bank[name].keys()),  # type: ignore[operator]
+            "metrics": dict(metrics or {}),
+            "version": _version(),
+            "extra": dict(extra or {}),
+        }
+        prefix = f"adapter.{name}."
+        tensors = {_swap(n, prefix, "adapter."): t for n, t in self.trained_state().items()}
+        store.save(path, tensors, header)
+
+    def load(self, path: str | os.PathLike, *, other_backbone: bool = False) -> dict[str, Any]:
+        """Fill the active adapter and the head from a file, strictly, and return its header.
+
+        Raises RequestError where the file is for another backbone (unless asked for), another method, or does not fit.
+        """
+        tensors, header = store.read(path)
+        if len(self.active) != 1:
+            raise RequestError(
+                f"{path}: activate the one adapter to fill; active are {', '.join(self.active) or 'none'}"
+            )
+        theirs = header["backbone"]["fingerprint"]
+        if theirs != self.fingerprint and not other_backbone:
+            raise RequestError(
+                f"{path}: made for backbone {header['backbone']['name']} with fingerprint {theirs}; this is {self.backbone_name} "
+                f"with {self.fingerprint}. Load the same weights, or pass other_backbone=True"
+            )
+        method, wanted = self.methods[self.active[0]], header["method"]["type"]
+        if type(method).__name__ != wanted:
+            raise RequestError(f"{path}: an adapter of method {wanted}; the active one is {type(method).__name__}")
+        prefix = f"adapter.{self.active[0]}."
+        self.load_trained_state({_swap(n, "adapter.", prefix): t for n, t in tensors.items()}, str(path))
+        return header
+
+
+def _swap(name: str, old: str, new: str) -> str:
+    return new + name[len(old) :] if name.startswith(old) else name
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("omniadapt")
+    except PackageNotFoundError:
+        return "uninstalled"
+
+
+def trainable(model: Adapted) -> dict[str, nn.Parameter]:
+    """Exactly what trains in an adapted model, by name."""
+    return model.trainable()

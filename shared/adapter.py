@@ -1,0 +1,60 @@
+"""Adapters: a function around a frozen module, or a change of a frozen tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from shared.context import Context
+
+
+class Adapter(nn.Module):
+    """A function around a frozen module: parallel, sequential, replacing, whatever its ``forward`` says.
+
+    ``base`` is the frozen computation (with the adapters attached earlier already around it); calling it is optional.
+    ``self.context`` holds what this call tells its adapters.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.context = Context()
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+
+class Factors(NamedTuple):
+    """A change of rank r as a product: ``scale * up.T @ down``, both with one row a rank (rows contiguous).
+
+    down: (r, fan_in).  up: (r, rows).  dropout: probability on the input of the branch, in training.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    dropout: float
+
+
+class WeightAdapter(nn.Module):
+    """A change of a frozen tensor. The core decides how it is applied: folded, beside the product, or merged.
+
+    Subclasses give ``delta``; those whose value is not a sum override ``forward``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.context = Context()
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """The change of ``weight`` (the rows of this site), of its shape."""
+        raise NotImplementedError(f"{type(self).__name__} has no delta")
+
+    def factors(self) -> Factors | None:
+        """The change as a product of two small matrices, where it is one."""
+        return None
+
+    def forward(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        """The tensor to use in place of ``weight``; summed in the wider of the two precisions, then cast back."""
+        return (weight + strength * self.delta(weight)).to(weight.dtype)

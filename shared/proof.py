@@ -1,0 +1,127 @@
+"""Proof of effect: an adapter that is never run, or whose run changes nothing, is an error that names its site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from shared.errors import WorkError
+
+
+def prove(model: Any, name: str, example: Sequence[Any]) -> None:
+    """Run the backbone on ``example`` with the adapter perturbed, in training and in inference mode.
+
+    Every site's adapter must run and receive a gradient that is not zero in training, must run in inference, and both
+    modes must agree: a fused kernel that bypasses an adapter disagrees. Parameters, buffers and random state are put
+    back exactly. Nothing is run on the meta device.
+
+    Raises WorkError naming the sites that fail.
+    """
+    modules: dict[str, nn.Module] = dict(model.bank[name].items())
+    tensors = [t for t in tree_flatten(tuple(example))[0] if isinstance(t, Tensor)]
+    if any(t.device.type == "meta" for t in (*tensors, *model.parameters())):
+        return
+    with _perturbed(model, modules):
+        for module in modules.values():
+            module.train()
+        with torch.enable_grad():
+            _forget(model)
+            output = _total(model.backbone(*example))
+            _fail(_silent(model, modules), name, "never ran in training mode")
+            _fail(_unreached(modules, output), name, "received no gradient: its output is not used")
+        for module in modules.values():
+            module.eval()
+        with torch.enable_grad():
+            trained = _flat(model.backbone(*example)).detach()
+        with torch.no_grad():
+            _forget(model)
+            inferred = _flat(model.backbone(*example))
+            _fail(_silent(model, modules), name, "never ran in inference mode (a fused kernel may bypass its module)")
+            with model.disabled():
+                bare = _flat(model.backbone(*example))
+        effect, difference = float((trained - bare).norm()), float((trained - inferred).norm())
+        rounding = 4 * max(torch.finfo(t.dtype).eps for t in tensors_of(model)) * float(bare.norm())
+        if difference > 0.1 * effect + rounding:
+            raise WorkError(
+                f"adapter {name!r} acts differently in training and in inference mode: outputs differ by {difference:.3g} "
+                f"where the adapter itself changes them by {effect:.3g}"
+            )
+
+
+def _fail(keys: list[str], name: str, what: str) -> None:
+    if keys:
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        raise WorkError(f"adapter {name!r} {what} at {', '.join(keys[:3])}{more}")
+
+
+def tensors_of(model: Any) -> list[Tensor]:
+    """The floating-point parameters of the model."""
+    return [p for p in model.parameters() if p.is_floating_point()]
+
+
+def _silent(model: Any, modules: dict[str, nn.Module]) -> list[str]:
+    ran = set().union(*(port.ran for port in model.hosts().values()))
+    return [key for key, module in modules.items() if id(module) not in ran]
+
+
+def _unreached(modules: dict[str, nn.Module], output: Tensor) -> list[str]:
+    """Keys of the modules none of whose parameters has a gradient other than zero."""
+    parameters = list({id(p): p for module in modules.values() for p in module.parameters()}.values())
+    if not parameters or not output.requires_grad:
+        return [key for key, module in modules.items() if any(True for _ in module.parameters())]
+    gradients = torch.autograd.grad(output, parameters, allow_unused=True)
+    by_id = {id(p): g for p, g in zip(parameters, gradients, strict=True)}
+    return [
+        key for key, module in modules.items() if any(True for _ in module.parameters()) and not _reached(module, by_id)
+    ]
+
+
+def _reached(module: nn.Module, gradients: dict[int, Tensor | None]) -> bool:
+    found = [gradients.get(id(p)) for p in module.parameters()]
+    return any(g is not None and bool(g.count_nonzero()) for g in found)
+
+
+def _flat(output: Any) -> Tensor:
+    """Every number of the output, in one float vector."""
+    leaves = [t.float().flatten() for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.is_floating_point()]
+    if not leaves:
+        raise WorkError("the backbone's output holds no floating-point tensor to prove the adapters' effect on")
+    return torch.cat(leaves)
+
+
+def _total(output: Any) -> Tensor:
+    """A scalar that depends on every number of the output, with weights that no symmetry cancels."""
+    flat = _flat(output)
+    return flat @ torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(flat.device)
+
+
+def _forget(model: Any) -> None:
+    for port in model.hosts().values():
+        port.ran.clear()
+
+
+@contextmanager
+def _perturbed(model: Any, modules: dict[str, nn.Module]) -> Iterator[None]:
+    """Noise on every adapter tensor within the block; everything is restored bit for bit after it."""
+    states = {key: {n: t.detach().clone() for n, t in module.state_dict().items()} for key, module in modules.items()}
+    modes, context = {key: module.training for key, module in modules.items()}, dict(model.context.__dict__)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            with torch.no_grad():
+                for module in modules.values():
+                    for parameter in module.parameters():
+                        scale = 0.1 * float(parameter.float().std(unbiased=False)) + 0.02
+                        parameter.add_(torch.randn(parameter.shape).to(parameter) * scale)
+            yield
+    finally:
+        for key, module in modules.items():
+            module.load_state_dict(states[key])
+            module.train(modes[key])
+        model.context.clear()
+        model.context.__dict__.update(context)

@@ -1,0 +1,91 @@
+"""The adapter file: one safetensors file of trained tensors with JSON metadata, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from shared.errors import RequestError
+
+FORMAT = 1
+KEY = "omniadapt"
+
+
+def save(path: str | os.PathLike, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write tensors and header: to a temporary name beside ``path``, flushed, then renamed."""
+    from safetensors.torch import save as to_bytes
+
+    if not tensors:
+        raise RequestError(f"{path}: nothing to save: no trained tensor")
+    path = Path(path)
+    text = json.dumps({"format": FORMAT, **header}, sort_keys=True, allow_nan=False)
+    data = to_bytes({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata={KEY: text})
+    write_atomically(path, data)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``data`` so that ``path`` holds either its old content or all of the new, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_header(path: str | os.PathLike) -> dict[str, Any]:
+    """The metadata of an adapter file plus ``tensors`` (name to dtype and shape), without reading the tensors.
+
+    Raises RequestError where the file is missing, cut short, no safetensors file, or not written by omniadapt.
+    """
+    path = Path(path)
+    size = _size(path)
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or not 2 <= length <= size - 8:
+            raise RequestError(f"{path}: cut short or not a safetensors file ({size} bytes)")
+        try:
+            entries = json.loads(file.read(length))
+            metadata = entries.pop("__metadata__", {})
+            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+            tensors = {name: {"dtype": e["dtype"], "shape": tuple(e["shape"])} for name, e in sorted(entries.items())}
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise RequestError(f"{path}: not a safetensors file (its header does not parse)") from error
+    if size != 8 + length + end:
+        raise RequestError(f"{path}: cut short: {size} bytes where its header promises {8 + length + end}")
+    return {**_header(path, metadata), "tensors": tensors}
+
+
+def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors and the header of an adapter file; errors as ``read_header``."""
+    from safetensors.torch import load_file
+
+    header = read_header(path)
+    return load_file(path), header
+
+
+def _size(path: Path) -> int:
+    if not path.is_file():
+        raise RequestError(f"{path}: no such file")
+    return path.stat().st_size
+
+
+def _header(path: Path, metadata: Any) -> dict[str, Any]:
+    try:
+        header = json.loads(metadata[KEY])
+        version = header["format"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise RequestError(f"{path}: a safetensors file, but not an omniadapt adapter (no {KEY!r} metadata)") from error
+    if version != FORMAT:
+        raise RequestError(f"{path}: adapter format {version}; this version reads format {FORMAT}")
+    return header
