@@ -242,7 +242,7 @@ class Adapted(nn.Module):
     # -- what trains -----------------------------------------------------------------------------------------------
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Exactly what trains, by name: ``adapter.<name>.<site>.<tensor>``, ``head.<tensor>``, ``backbone.<tensor>``."""
+        """Exactly what trains: ``adapter.<name>.<site>.<tensor>``, ``head.<tensor>``, ``backbone.<tensor>``."""
         found = {f"adapter.{n}": p for n, p in self.bank.named_parameters() if n.partition(".")[0] in self.active}
         if self.head is not None:
             found |= {f"head.{n}": p for n, p in self.head.named_parameters()}
@@ -352,8 +352,8 @@ class Adapted(nn.Module):
         theirs = header["backbone"]["fingerprint"]
         if theirs != self.fingerprint and not other_backbone:
             raise RequestError(
-                f"{path}: made for backbone {header['backbone']['name']} with fingerprint {theirs}; this is {self.backbone_name} "
-                f"with {self.fingerprint}. Load the same weights, or pass other_backbone=True"
+                f"{path}: made for backbone {header['backbone']['name']} with fingerprint {theirs}; this is "
+                f"{self.backbone_name} with {self.fingerprint}. Load the same weights, or pass other_backbone=True"
             )
         method, wanted = self.methods[self.active[0]], header["method"]["type"]
         if type(method).__name__ != wanted:

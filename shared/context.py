@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 class Context:
@@ -11,6 +11,10 @@ class Context:
     One object is shared by a backbone and the adapters on it; the backbone and outer adapters write, inner adapters
     read, and the adapted model clears it when the call ends. Reading a name nobody wrote is an error that says so.
     """
+
+    if TYPE_CHECKING:
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

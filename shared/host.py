@@ -155,7 +155,7 @@ def attach(site: Site, adapter: Adapter | WeightAdapter, name: str, state: State
         )
     if isinstance(adapter, WeightAdapter):
         _check_weight_site(site, adapter)
-        port.on.setdefault(site.parameter, {}).setdefault(name, []).append((site.rows, adapter))
+        port.on.setdefault(str(site.parameter), {}).setdefault(name, []).append((site.rows, adapter))
     else:
         port.around.setdefault(name, []).append(adapter)
     _become_host(host, port)
@@ -169,8 +169,8 @@ def _check_weight_site(site: Site, adapter: WeightAdapter) -> None:
     )
     if factors is not None and factors.dropout and not called:
         raise RequestError(
-            f"site {site.key}: dropout {factors.dropout:g} cannot act on {site.parameter} of {type(site.module).__name__}, "
-            "whose weight is read without a call; use dropout 0"
+            f"site {site.key}: dropout {factors.dropout:g} cannot act on {site.parameter} of "
+            f"{type(site.module).__name__}, whose weight is read without a call; use dropout 0"
         )
 
 
@@ -217,7 +217,7 @@ def _host_class(original: type, parameters: tuple[str, ...]) -> type:
 
 def _restore(original: type, parameters: tuple[str, ...]) -> nn.Module:
     kind = _host_class(original, parameters)
-    return kind.__new__(kind)
+    return kind.__new__(kind)  # type: ignore[call-overload]
 
 
 def _adapted_parameter(name: str) -> property:

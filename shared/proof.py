@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,8 +48,8 @@ def prove(model: Any, name: str, example: Sequence[Any]) -> None:
         rounding = 4 * max(torch.finfo(t.dtype).eps for t in tensors_of(model)) * float(bare.norm())
         if difference > 0.1 * effect + rounding:
             raise WorkError(
-                f"adapter {name!r} acts differently in training and in inference mode: outputs differ by {difference:.3g} "
-                f"where the adapter itself changes them by {effect:.3g}"
+                f"adapter {name!r} acts differently in training and in inference mode: outputs differ by "
+                f"{difference:.3g} where the adapter itself changes them by {effect:.3g}"
             )
 
 
@@ -81,7 +81,7 @@ def _unreached(modules: dict[str, nn.Module], output: Tensor) -> list[str]:
     ]
 
 
-def _reached(module: nn.Module, gradients: dict[int, Tensor | None]) -> bool:
+def _reached(module: nn.Module, gradients: Mapping[int, Tensor | None]) -> bool:
     found = [gradients.get(id(p)) for p in module.parameters()]
     return any(g is not None and bool(g.count_nonzero()) for g in found)
 

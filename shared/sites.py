@@ -86,8 +86,9 @@ class Sites(Sequence[Site]):
     def select(
         self, roles: str | Sequence[str], depth: str | int | Sequence[int] = "all", tags: str | Sequence[str] = ()
     ) -> Sites:
-        """The sites with any of ``roles``, at ``depth`` ("all", "first 4", "last 4", an index or indices), with all ``tags``.
+        """The sites with any of ``roles``, at ``depth``, with all ``tags``.
 
+        depth: "all", "first 4", "last 4", an index or indices of blocks.
         Raises RequestError where a role, a depth or the whole selection matches nothing.
         """
         wanted = (roles,) if isinstance(roles, str) else tuple(roles)
@@ -122,7 +123,7 @@ class Sites(Sequence[Site]):
             word, _, count = depth.partition(" ")
             if word not in ("first", "last") or not count.isdigit() or not 0 < int(count) <= self.depth:
                 raise RequestError(
-                    f"depth {depth!r} of {self.owner}: use 'all', 'first N', 'last N' (1 to {self.depth}) or block indices"
+                    f"depth {depth!r} of {self.owner}: use 'all', 'first N', 'last N' (N to {self.depth}) or indices"
                 )
             n = int(count)
             return set(range(n)) if word == "first" else set(range(self.depth - n, self.depth))
@@ -150,8 +151,7 @@ def describe(model: nn.Module, owner: str = "") -> Sites:
         if path in inside_attention:
             continue
         if isinstance(module, nn.MultiheadAttention):
-            for site in multihead_sites(path, module, count.get("attention", 0)):
-                found.append(site)
+            found += multihead_sites(path, module, count.get("attention", 0))
             count["attention"] = count.get("attention", 0) + 1
             inside_attention.add(f"{path}.out_proj".lstrip("."))
         elif isinstance(module, nn.Linear):
