@@ -90,9 +90,7 @@ def test_nothing_of_the_outputs_size_is_saved() -> None:
     rank=st.integers(1, 4), kernel=st.sampled_from([1, 3]), mode=st.sampled_from(["zeros", "reflect", "circular"]),
     dims=st.integers(1, 3),
 )  # fmt: skip
-def test_the_branch_of_a_convolution_equals_its_weight(
-    groups, stride, dilation, padding, rank, kernel, mode, dims
-) -> None:
+def test_a_convolutions_branch_equals_its_weight(groups, stride, dilation, padding, rank, kernel, mode, dims) -> None:
     if dims == 3 and mode == "reflect":
         mode = "replicate"
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]

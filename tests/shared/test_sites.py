@@ -13,7 +13,11 @@ from shared.sites import Site, Sites, describe
 
 LAYER = nn.Linear(2, 2)
 SITES = Sites(
-    [Site(role, d, f"b.{d}.{role[0]}", LAYER, tags=("even",) if d % 2 == 0 else ()) for d in range(6) for role in ("block", "mlp")],
+    [
+        Site(role, d, f"b.{d}.{role[0]}", LAYER, tags=("even",) if d % 2 == 0 else ())
+        for d in range(6)
+        for role in ("block", "mlp")
+    ],
     "toy",
 )  # fmt: skip
 
@@ -57,8 +61,12 @@ def test_what_is_not_there() -> None:
 
 def test_describe_reads_module_types() -> None:
     model = nn.Sequential(
-        nn.Linear(4, 4), nn.MultiheadAttention(4, 2, kdim=3, vdim=5), nn.Conv1d(1, 1, 1), nn.LayerNorm(4), nn.Embedding(3, 4)
-    )  # fmt: skip
+        nn.Linear(4, 4),
+        nn.MultiheadAttention(4, 2, kdim=3, vdim=5),
+        nn.Conv1d(1, 1, 1),
+        nn.LayerNorm(4),
+        nn.Embedding(3, 4),
+    )
     sites = describe(model)
     assert sites.roles == (
         "model", "linear", "attention", "attention.query", "attention.key", "attention.value", "attention.output",
