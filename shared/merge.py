@@ -22,7 +22,12 @@ def merge(model: Any) -> None:
             )
     hosts = [(host, host.__dict__["_port"]) for host in model.backbone.modules() if "_port" in host.__dict__]
     with torch.no_grad():
-        values = [(host, port, name, port.read(host, name).clone()) for host, port in hosts for name in port.on]
+        values = [
+            (host, port, name, port.read(host, name).clone())
+            for host, port in hosts
+            for name, adapters in port.on.items()
+            if adapters.keys() & set(model.active)
+        ]
         for host, port, name, value in values:
             raw = host._parameters[name]
             port.stored[name] = raw.detach().clone()
