@@ -105,6 +105,7 @@ class Checkpoints(Callback):
                     shutil.copyfile(new, self.folder / ".best.ckpt")
                     os.replace(self.folder / ".best.ckpt", self.folder / "best.ckpt")
                 os.replace(new, self.folder / "last.ckpt")
+            trainer.strategy.barrier()
         except OSError as error:
             raise WorkError(f"{self.folder}: cannot write the checkpoint: {error}") from error
         self.due = self.improved = False

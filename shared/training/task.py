@@ -101,7 +101,7 @@ class Task(LightningModule):
     def _report(self, split: str) -> None:
         self.outcome[split] = self.results()
         scalars = {f"{split}/{n}": float(v) for n, v in self.outcome[split].items() if isinstance(v, (int, float))}
-        self.log_dict(scalars)
+        self.log_dict(scalars, sync_dist=self.trainer.world_size > 1)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""A problem that trains in milliseconds: LoRA and a head on frozen layers fit a line; every batch's order is recorded."""
+"""A problem that trains in milliseconds: LoRA and a head on frozen layers fit a line; it records its batches."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 def _without_training() -> Data:
     data = Data()
-    data.train = lambda: []  # type: ignore[method-assign,return-value,assignment]
+    data.train = list  # type: ignore[method-assign,return-value,assignment]
     return data
 
 
