@@ -218,3 +218,22 @@ def test_a_failed_attach_leaves_the_model_as_it_was() -> None:
     assert model.active == ("default",)
     assert list(model.bank) == ["default"]
     assert torch.equal(infer(model), before)
+
+
+def test_functional_use_is_twice_differentiable() -> None:
+    """The adapter run with given tensors, as meta-learning does: the gradient of a gradient step is right."""
+    model = model_of(net().double()).double()
+    x = X.double()
+    given = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters() if n.startswith("bank.")}
+
+    def loss(tensors: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, tensors, (x,)).square().mean()
+
+    def after_a_step(*tensors: Tensor) -> Tensor:
+        inner = dict(zip(given, tensors, strict=True))
+        steps = torch.autograd.grad(loss(inner), tensors, create_graph=True)
+        return loss({n: t - 0.1 * g for (n, t), g in zip(inner.items(), steps, strict=True)})
+
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    assert torch.autograd.gradcheck(after_a_step, tuple(given.values()))
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
