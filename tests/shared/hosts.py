@@ -62,6 +62,7 @@ def vit() -> Host:
         name="vit_tiny_patch16_224",
         image_size=32,
         patch_size=8,
+        weights="random",
         model_args={"embed_dim": 24, "depth": 4, "num_heads": 2},
     )
     return backbone, (torch.randn(3, 3, 32, 40),), backbone.sites()
