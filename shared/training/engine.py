@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from shared.training.task import Task
 
 # Deliberate here: the data choose their workers, frozen modules stay in eval mode, a device may be left unused, and a
-# half-precision scaler may skip the first optimiser step. The last is between Lightning 2.6 and torch 2.13.
+# task looks at its batches, and a half-precision scaler may skip the first step. The last is between Lightning 2.6 and torch 2.13.
 _QUIET = (
     ".*does not have many workers",
     ".*in eval mode at the start of training",
     "GPU available but not used",
+    "You have overridden `on_before_batch_transfer`",
     "Detected call of `lr_scheduler.step",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
@@ -167,6 +168,7 @@ def _trainer(engine: Engine, batches: int, total: int, log: Any, callbacks: list
         log_every_n_steps=max(1, min(total // 1000, batches // engine.accumulate)),
         logger=log,
         callbacks=callbacks,
+        inference_mode=False,  # what adapters or metrics keep from an evaluation stays usable in training
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=sys.stdout.isatty(),
