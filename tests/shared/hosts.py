@@ -62,6 +62,7 @@ def vit() -> Host:
         name="vit_tiny_patch16_224",
         image_size=32,
         patch_size=8,
+        weights="random",
         model_args={"embed_dim": 24, "depth": 4, "num_heads": 2},
     )
     return backbone, (torch.randn(3, 3, 32, 40),), backbone.sites()
@@ -70,15 +71,9 @@ def vit() -> Host:
 def clip() -> Host:
     from modalities.images.backbones import OpenClipTower
 
-    backbone = OpenClipTower(3, name="tiny", config=CLIP)
+    small = {"layers": 3, "width": 24, "head_width": 12, "patch_size": 8, "embed_dim": 16}
+    backbone = OpenClipTower(3, name="ViT-B-32", image_size=32, pretrained="random", model_args=small)
     return backbone, (torch.randn(3, 3, 32, 32),), backbone.sites()
-
-
-CLIP = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 3, "width": 24, "head_width": 12, "patch_size": 8},
-    "text_cfg": {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1},
-}
 
 
 def transformers_llama() -> Host:

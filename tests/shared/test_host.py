@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -128,6 +130,16 @@ def test_a_host_is_still_its_own_type() -> None:
     assert isinstance(host.state_dict(keep_vars=True)["0.weight"], nn.Parameter)
 
 
+def test_another_layer_of_a_hosts_type_has_no_adapters() -> None:
+    host = net()
+    adapt(host, LoRA(rank=2, roles="linear"), example=(X,))
+    other = type(host[0])(3, 5, bias=False)  # as peft does around a layer it wraps
+    assert type(other) is nn.Linear
+    assert (other.weight.shape, other.bias) == ((5, 3), None)
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(host)(X), host(X))
+
+
 def test_one_module_cannot_serve_two_models() -> None:
     host = net()
     adapt(host, LoRA(rank=2, roles="linear"))
@@ -218,3 +230,22 @@ def test_a_failed_attach_leaves_the_model_as_it_was() -> None:
     assert model.active == ("default",)
     assert list(model.bank) == ["default"]
     assert torch.equal(infer(model), before)
+
+
+def test_functional_use_is_twice_differentiable() -> None:
+    """The adapter run with given tensors, as meta-learning does: the gradient of a gradient step is right."""
+    model = model_of(net().double()).double()
+    x = X.double()
+    given = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters() if n.startswith("bank.")}
+
+    def loss(tensors: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, tensors, (x,)).square().mean()
+
+    def after_a_step(*tensors: Tensor) -> Tensor:
+        inner = dict(zip(given, tensors, strict=True))
+        steps = torch.autograd.grad(loss(inner), tensors, create_graph=True)
+        return loss({n: t - 0.1 * g for (n, t), g in zip(inner.items(), steps, strict=True)})
+
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    assert torch.autograd.gradcheck(after_a_step, tuple(given.values()))
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())

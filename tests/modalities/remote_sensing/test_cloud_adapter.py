@@ -13,12 +13,11 @@ from shared import RequestError, adapt, store, trainable
 from shared.adapted import Adapted
 
 SMALL = {"embed_dim": 24, "depth": 4, "num_heads": 2}
+SMALL_VIT = {"name": "vit_tiny_patch16_224", "weights": "random", "normed": False, "model_args": SMALL}
 
 
 def small(bands: int = 3, image_size: int = 64, method: CloudAdapter | None = None, head=None, **more) -> Adapted:
-    backbone = TimmViT(
-        bands, name="vit_tiny_patch16_224", image_size=image_size, patch_size=16, model_args=SMALL, normed=False, **more
-    )
+    backbone = TimmViT(bands, image_size=image_size, **SMALL_VIT, **more)
     return adapt(backbone, method or CloudAdapter(width=6, rank=3), head=head)
 
 
@@ -129,9 +128,7 @@ def test_on_the_same_grid_nothing_is_resized() -> None:
 
 
 def test_multi_gives_each_quarter_of_the_blocks_its_stage() -> None:
-    backbone = TimmViT(
-        3, name="vit_tiny_patch16_224", image_size=64, patch_size=16, model_args=SMALL | {"depth": 8}, normed=False
-    )
+    backbone = TimmViT(3, image_size=64, **SMALL_VIT | {"model_args": SMALL | {"depth": 8}})
     model = adapt(backbone, CloudAdapter(width=6, rank=3, aggregate="multi"))
     assert [block.stage for block in parts(model)[1]] == [0, 0, 1, 1, 2, 2, 3, 3]
     model(torch.randn(2, 3, 64, 64)).maps[-1].sum().backward()
