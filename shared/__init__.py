@@ -28,7 +28,7 @@ _HOME = {
     "RequestError": "shared.errors", "WorkError": "shared.errors", "Method": "shared.method",
     "LoRA": "shared.methods", "Site": "shared.sites", "Sites": "shared.sites",
 }  # fmt: skip
-__all__ = sorted(_HOME)
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str):

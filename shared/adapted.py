@@ -15,6 +15,7 @@ from shared.backbone import Backbone, fingerprint
 from shared.context import Context
 from shared.errors import RequestError
 from shared.host import Port, State, attach, detach
+from shared.merge import merge, unmerge
 from shared.method import Method
 from shared.proof import prove
 from shared.rows import run_by_rows
@@ -210,34 +211,11 @@ class Adapted(nn.Module):
 
         Raises RequestError where an active adapter acts on activations.
         """
-        self.unmerge()
-        hosts = [m for m in self.backbone.modules() if "_port" in m.__dict__]
-        for name in self.active:
-            if stuck := [p for p, port in self.hosts().items() if name in port.around]:
-                raise RequestError(
-                    f"adapter {name!r} cannot be merged: it acts on activations at {stuck[0] or 'the model'}"
-                )
-        with torch.no_grad():
-            new = [
-                (host, p, host.__dict__["_port"].read(host, p).clone())
-                for host in hosts
-                for p in host.__dict__["_port"].on
-            ]
-            for host, parameter, value in new:
-                raw = host._parameters[parameter]
-                host.__dict__["_port"].stored[parameter] = raw.detach().clone()
-                raw.copy_(value)
-        self.state.merged = self.state.active
+        merge(self)
 
     def unmerge(self) -> None:
         """Put the frozen weights back from their copies."""
-        with torch.no_grad():
-            for host in self.backbone.modules():
-                for parameter, original in host.__dict__["_port"].stored.items() if "_port" in host.__dict__ else ():
-                    host._parameters[parameter].copy_(original)  # type: ignore[union-attr]
-                if "_port" in host.__dict__:
-                    host.__dict__["_port"].stored.clear()
-        self.state.merged = ()
+        unmerge(self)
 
     # -- what trains -----------------------------------------------------------------------------------------------
 
@@ -322,58 +300,15 @@ class Adapted(nn.Module):
         metrics: Mapping[str, float] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the active adapter and the head to one adapter file."""
-        if len(self.active) != 1:
-            raise RequestError(f"{path}: one adapter a file; active are {', '.join(self.active) or 'none'}")
-        name = self.active[0]
-        method = self.methods[name]
-        header = {
-            "method": {"type": type(method).__name__, "arguments": method.arguments()},
-            "backbone": {"name": self.backbone_name, "fingerprint": self.fingerprint},
-            "sites": list(self.bank[name].keys()),  # type: ignore[operator]
-            "metrics": dict(metrics or {}),
-            "version": _version(),
-            "extra": dict(extra or {}),
-        }
-        prefix = f"adapter.{name}."
-        tensors = {_swap(n, prefix, "adapter."): t for n, t in self.trained_state().items()}
-        store.save(path, tensors, header)
+        """Write the active adapter and the head to one adapter file, with metrics and further JSON-able facts."""
+        store.save_adapter(self, path, metrics or {}, extra or {})
 
     def load(self, path: str | os.PathLike, *, other_backbone: bool = False) -> dict[str, Any]:
         """Fill the active adapter and the head from a file, strictly, and return its header.
 
         Raises RequestError where the file is for another backbone (unless asked for), another method, or does not fit.
         """
-        tensors, header = store.read(path)
-        if len(self.active) != 1:
-            raise RequestError(
-                f"{path}: activate the one adapter to fill; active are {', '.join(self.active) or 'none'}"
-            )
-        theirs = header["backbone"]["fingerprint"]
-        if theirs != self.fingerprint and not other_backbone:
-            raise RequestError(
-                f"{path}: made for backbone {header['backbone']['name']} with fingerprint {theirs}; this is "
-                f"{self.backbone_name} with {self.fingerprint}. Load the same weights, or pass other_backbone=True"
-            )
-        method, wanted = self.methods[self.active[0]], header["method"]["type"]
-        if type(method).__name__ != wanted:
-            raise RequestError(f"{path}: an adapter of method {wanted}; the active one is {type(method).__name__}")
-        prefix = f"adapter.{self.active[0]}."
-        self.load_trained_state({_swap(n, "adapter.", prefix): t for n, t in tensors.items()}, str(path))
-        return header
-
-
-def _swap(name: str, old: str, new: str) -> str:
-    return new + name[len(old) :] if name.startswith(old) else name
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("omniadapt")
-    except PackageNotFoundError:
-        return "uninstalled"
+        return store.load_adapter(self, path, other_backbone)
 
 
 def trainable(model: Adapted) -> dict[str, nn.Parameter]:

@@ -74,6 +74,9 @@ class Sites(Sequence[Site]):
     def __iter__(self) -> Iterator[Site]:
         return iter(self._sites)
 
+    def __add__(self, other: Sites) -> Sites:
+        return Sites((*self, *other), self.owner)
+
     @property
     def roles(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(site.role for site in self))

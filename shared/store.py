@@ -89,3 +89,56 @@ def _header(path: Path, metadata: Any) -> dict[str, Any]:
     if version != FORMAT:
         raise RequestError(f"{path}: adapter format {version}; this version reads format {FORMAT}")
     return header
+
+
+def save_adapter(model: Any, path: str | os.PathLike, metrics: Mapping[str, float], extra: Mapping[str, Any]) -> None:
+    """Write the one active adapter of an adapted model and its head."""
+    name = _only_active(model, path)
+    method = model.methods[name]
+    header = {
+        "method": {"type": type(method).__name__, "arguments": method.arguments()},
+        "backbone": {"name": model.backbone_name, "fingerprint": model.fingerprint},
+        "sites": list(model.bank[name]),
+        "metrics": dict(metrics),
+        "version": _version(),
+        "extra": dict(extra),
+    }
+    prefix = f"adapter.{name}."
+    save(path, {_swap(n, prefix, "adapter."): t for n, t in model.trained_state().items()}, header)
+
+
+def load_adapter(model: Any, path: str | os.PathLike, other_backbone: bool) -> dict[str, Any]:
+    """Fill the one active adapter and the head from a file; nothing is changed where anything does not fit."""
+    tensors, header = read(path)
+    name = _only_active(model, path)
+    theirs, mine = header["backbone"], model.fingerprint
+    if theirs["fingerprint"] != mine and not other_backbone:
+        raise RequestError(
+            f"{path}: made for backbone {theirs['name']} with fingerprint {theirs['fingerprint']}; this is "
+            f"{model.backbone_name} with {mine}. Load the same weights, or pass other_backbone=True"
+        )
+    wanted, method = header["method"]["type"], type(model.methods[name]).__name__
+    if method != wanted:
+        raise RequestError(f"{path}: an adapter of method {wanted}; the active one is {method}")
+    prefix = f"adapter.{name}."
+    model.load_trained_state({_swap(n, "adapter.", prefix): t for n, t in tensors.items()}, str(path))
+    return header
+
+
+def _only_active(model: Any, path: str | os.PathLike) -> str:
+    if len(model.active) != 1:
+        raise RequestError(f"{path}: one adapter a file; active are {', '.join(model.active) or 'none'}")
+    return model.active[0]
+
+
+def _swap(name: str, old: str, new: str) -> str:
+    return new + name[len(old) :] if name.startswith(old) else name
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("omniadapt")
+    except PackageNotFoundError:
+        return "uninstalled"
