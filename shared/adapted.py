@@ -43,6 +43,13 @@ def adapt(
     return model
 
 
+class Bank(nn.ModuleDict):
+    """Modules by name, where any name without a dot will do ("forward", "type", "lora")."""
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        self._modules[key] = module
+
+
 class Adapted(nn.Module):
     """A backbone with named adapters. Calling it is calling the backbone, then the head where there is one.
 
@@ -54,7 +61,7 @@ class Adapted(nn.Module):
     def __init__(self, backbone: nn.Module, *, head: nn.Module | None = None, sites: Sites | None = None):
         super().__init__()
         self.backbone, self.head = backbone, head
-        self.bank = nn.ModuleDict()
+        self.bank = Bank()
         self.methods: dict[str, Method] = {}
         self.state = State()
         self.context: Context = backbone.context if isinstance(backbone, Backbone) else Context()
@@ -85,7 +92,7 @@ class Adapted(nn.Module):
             raise RequestError(f"{type(method).__name__} attaches to zero sites of {self.backbone_name}")
         modules = self._build(method, chosen)
         before = self.state.active
-        self.bank[name] = nn.ModuleDict(modules)
+        self.bank[name] = Bank(modules)
         self.methods[name] = method
         try:
             for site in chosen or ():

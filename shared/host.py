@@ -158,7 +158,13 @@ def attach(site: Site, adapter: Adapter | WeightAdapter, name: str, state: State
         port.on.setdefault(str(site.parameter), {}).setdefault(name, []).append((site.rows, adapter))
     else:
         port.around.setdefault(name, []).append(adapter)
+        if _stay_called not in host._forward_pre_hooks.values():
+            host.register_forward_pre_hook(_stay_called)
     _become_host(host, port)
+
+
+def _stay_called(host: nn.Module, args: tuple) -> None:
+    """Does nothing: torch's fused encoder layer bypasses its children unless one of them has a hook."""
 
 
 def _check_weight_site(site: Site, adapter: WeightAdapter) -> None:
@@ -182,6 +188,9 @@ def detach(host: nn.Module, name: str) -> None:
         by_name.pop(name, None)
     port.on = {parameter: by_name for parameter, by_name in port.on.items() if by_name}
     port.folded.clear()
+    if not port.around:
+        for key in [key for key, hook in host._forward_pre_hooks.items() if hook is _stay_called]:
+            del host._forward_pre_hooks[key]
     if port.around or port.on:
         _become_host(host, port)
     else:

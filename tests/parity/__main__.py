@@ -21,7 +21,9 @@ LIMIT = 1e-4
 
 def slug_of(path: Path) -> str:
     """The system a case belongs to, by its file name: ``cloud_adapter.npz``, ``cloud_adapter_seed7.npz``."""
-    known = sorted((p.stem for p in Path(__file__).parent.glob("*.py") if not p.stem.startswith("_")), key=len)
+    known = sorted(
+        (p.stem for p in Path(__file__).parent.glob("*.py") if not p.stem.startswith(("_", "test_"))), key=len
+    )
     fitting = [
         name for name in known if path.stem == name or path.stem.startswith((f"{name}_", f"{name}.", f"{name}-"))
     ]

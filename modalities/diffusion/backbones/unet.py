@@ -1,0 +1,223 @@
+"""The text-to-image UNets of diffusers: their sites in standard terms, and a frozen backbone around one of them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared.backbone import Backbone
+from shared.errors import RequestError
+from shared.sites import Site, Sites
+
+# What the published models set beyond the defaults of diffusers' UNet2DConditionModel (their unet/config.json), and a
+# small model of each kind for trials, with the same block types.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "sd15": {
+        "sample_size": 64,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+    },
+    "sdxl": {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    "tiny_sd15": {
+        "sample_size": 8,
+        "block_out_channels": (8, 16, 16, 16),
+        "norm_num_groups": 4,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 2,
+    },
+    "tiny_sdxl": {
+        "sample_size": 8,
+        "block_out_channels": (8, 16, 32),
+        "norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 4),
+        "attention_head_dim": (2, 4, 8),
+        "cross_attention_dim": 64,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 80,
+    },
+}
+
+_TRANSFORMER = r"attentions\.\d+\.transformer_blocks\.\d+\."
+# Path of a module inside its block, the role it plays, and its tags. The first pattern that fits the whole path counts.
+_PLACES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    (r"(?:down|up)samplers\.\d+\.conv", "conv", ("resample",)),
+    (r"resnets\.\d+\.conv(?:1|2|_shortcut)", "conv", ("resnet",)),
+    (r"resnets\.\d+\.norm[12]", "norm", ("resnet",)),
+    (r"attentions\.\d+\.norm", "norm", ("transformer",)),
+    (_TRANSFORMER + r"norm[123]", "norm", ("transformer",)),
+    *(
+        (_TRANSFORMER + attention + place, role, (kind,))
+        for attention, kind in (("attn1", "self"), ("attn2", "cross"))
+        for place, role in (
+            ("", "attention"),
+            (r"\.to_q", "attention.query"),
+            (r"\.to_k", "attention.key"),
+            (r"\.to_v", "attention.value"),
+            (r"\.to_out\.0", "attention.output"),
+        )
+    ),
+    (_TRANSFORMER + "ff", "mlp", ()),
+    (_TRANSFORMER + r"ff\.net\.0\.proj", "mlp.up", ()),
+    (_TRANSFORMER + r"ff\.net\.2", "mlp.down", ()),
+)
+_PATTERNS = tuple((re.compile(pattern), role, tags) for pattern, role, tags in _PLACES)
+
+
+def unet_sites(unet: nn.Module, prefix: str = "") -> Sites:
+    """The sites of a diffusers ``UNet2DConditionModel``, or of any UNet that keeps its block names.
+
+    prefix: dotted name of ``unet`` below the model that will be adapted ("" where it is that model).
+    Depth counts the blocks in the order they run: down, mid, up. A norm gives two sites, its weight and its bias.
+    Tags: "resample" (the convolutions of down- and upsamplers), "resnet", "transformer", "self" and "cross" attention.
+    ``mlp.up`` of a GEGLU holds the value's and the gate's rows. A layer that a peft adapter wraps is looked through.
+    """
+    blocks = _blocks(unet)
+    if not blocks:
+        raise RequestError(f"{type(unet).__name__} has no down_blocks, mid_block or up_blocks: not a diffusers UNet")
+    found = [Site("model", 0, prefix, unet, None, layout="BCHW")]
+    for depth, (path, block) in enumerate(blocks):
+        path = f"{prefix}.{path}".lstrip(".")
+        found.append(Site("block", depth, path, block, None, layout="BCHW"))
+        for inner, module in block.named_modules():
+            found += _inside(depth, f"{path}.{inner}", inner, module)
+    return Sites(found, type(unet).__name__)
+
+
+def _blocks(unet: nn.Module) -> list[tuple[str, nn.Module]]:
+    named: list[tuple[str, nn.Module]] = []
+    for name in ("down_blocks", "mid_block", "up_blocks"):
+        child: Any = getattr(unet, name, None)
+        if isinstance(child, nn.ModuleList):
+            named += [(f"{name}.{i}", block) for i, block in enumerate(child)]
+        elif child is not None:
+            named.append((name, child))
+    return named
+
+
+def _inside(depth: int, path: str, inner: str, module: nn.Module) -> list[Site]:
+    """The sites of one module of a block: none, one, or a norm's two."""
+    role, tags = next(((role, tags) for pattern, role, tags in _PATTERNS if pattern.fullmatch(inner)), ("", ()))
+    module = getattr(module, "base_layer", module)
+    weight = getattr(module, "_parameters").get("weight")  # noqa: B009  reading it through a host would change it
+    if not role:
+        return []
+    if role in ("attention", "mlp"):
+        return [Site(role, depth, path, module, None, tags=tags)]
+    if weight is None:  # pooling in place of a resampling convolution, a norm without an affine part
+        return []
+    layout = "BCHW" if isinstance(module, (nn.Conv2d, nn.GroupNorm)) else "BNC"
+    names = ("weight", "bias") if role == "norm" and module._parameters.get("bias") is not None else ("weight",)
+    return [Site(role, depth, path, module, n, layout=layout, width=weight.shape[0], tags=tags) for n in names]
+
+
+class DiffusersUNet(Backbone):
+    """A text-to-image UNet of diffusers; calling it is calling the library's model, and ``unet`` is that model.
+
+    config: the name of a published shape or small trial shape ("sd15", "sdxl", "tiny_sd15", "tiny_sdxl"), or the
+    arguments of diffusers' ``UNet2DConditionModel``.
+    pretrained: a folder or a Hugging Face name that holds a pipeline with such a UNet, or the UNet itself; None draws
+    random weights. On the meta device nothing is read.
+    seed: of the random weights.
+
+    Raises RequestError where the config is unknown or refused by diffusers, or the pretrained UNet has another one.
+    """
+
+    def __init__(self, *, config: str | dict[str, Any] = "sd15", pretrained: str | None = None, seed: int = 0):
+        super().__init__(pretrained or (config if isinstance(config, str) else "UNet2DConditionModel"))
+        arguments = _arguments(config)
+        meta = torch.get_default_device().type == "meta"
+        self.unet: Any = _random(arguments, seed) if pretrained is None or meta else _load(pretrained, arguments)
+
+    def sites(self) -> Sites:
+        return unet_sites(self.unet, "unet")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """sample (B, C, h, w), timestep, encoder_hidden_states (B, tokens, width) to a ``UNet2DConditionOutput``."""
+        return self.unet(*args, **kwargs)
+
+    def blank(self, batch: int) -> dict[str, Any]:
+        """Conditioning that says nothing, as keyword arguments: one zero token a sample, and SDXL's extra vectors."""
+        config, weight = self.unet.config, next(self.unet.parameters())
+        width = config.encoder_hid_dim or config.cross_attention_dim
+        given: dict[str, Any] = {"encoder_hidden_states": weight.new_zeros(batch, 1, _first(width))}
+        if config.addition_embed_type == "text_time":
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            extra = {"text_embeds": weight.new_zeros(batch, pooled), "time_ids": weight.new_zeros(batch, 6)}
+            given["added_cond_kwargs"] = extra
+        return given
+
+    def example(self) -> tuple[Any, ...]:
+        """One noisy sample of the smallest size whose lowest level has more than one pixel, at timestep 500."""
+        config, weight = self.unet.config, next(self.unet.parameters())
+        side = 2 ** len(config.block_out_channels)
+        noise = torch.randn(1, config.in_channels, side, side, generator=torch.Generator().manual_seed(0), device="cpu")
+        given = self.blank(1)
+        tokens: Tensor = given["encoder_hidden_states"]
+        text = torch.randn(1, 3, tokens.shape[-1], generator=torch.Generator().manual_seed(1), device="cpu")
+        extra = given.get("added_cond_kwargs")
+        return (noise.to(weight), torch.tensor([500], device=weight.device), text.to(weight), *(None,) * 4, extra)
+
+
+def _first(width: int | tuple[int, ...]) -> int:
+    return width if isinstance(width, int) else width[0]
+
+
+def _arguments(config: str | dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(config, str):
+        return config
+    if config not in CONFIGS:
+        raise RequestError(f"no UNet config {config!r}; there are {', '.join(CONFIGS)}, or give its arguments")
+    return CONFIGS[config]
+
+
+def _library() -> Any:
+    try:
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    except ImportError as error:
+        raise RequestError("this backbone needs diffusers: pip install 'omniadapt[diffusion]'") from error
+    return UNet2DConditionModel
+
+
+def _random(arguments: dict[str, Any], seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return _library()(**arguments)
+        except (TypeError, ValueError) as error:
+            raise RequestError(f"UNet config: {' '.join(str(error).split())}") from error
+
+
+def _load(pretrained: str, arguments: dict[str, Any]) -> nn.Module:
+    from pathlib import Path
+
+    folder = Path(pretrained)
+    subfolder = None if (folder / "config.json").is_file() else "unet"
+    try:
+        unet = _library().from_pretrained(pretrained, subfolder=subfolder, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{pretrained}: no UNet to load: {' '.join(str(error).split())[:200]}") from error
+    for name, wanted in arguments.items():
+        have = unet.config.get(name)
+        if (tuple(have) if isinstance(have, list) else have) != (tuple(wanted) if isinstance(wanted, list) else wanted):
+            raise RequestError(f"{pretrained}: its UNet has {name} {have}; the config says {wanted}")
+    return unet

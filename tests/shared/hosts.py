@@ -1,0 +1,100 @@
+"""Small models of every kind an adapter must act on, built in code: name to (backbone, example inputs, sites)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from shared.sites import Sites, describe
+
+Host = tuple[nn.Module, tuple[Tensor, ...], Sites]
+
+
+class SelfAttention(nn.Module):
+    """``nn.MultiheadAttention`` on one input: its weights are read, its output projection is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Convolutions(nn.Module):
+    """A strided, a grouped, a depthwise and a reflect-padded convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(8, 12, 3, padding=1, groups=4),
+            nn.SiLU(),
+            nn.Conv2d(12, 12, 5, padding=2, groups=12, bias=False),
+            nn.Conv2d(12, 6, 3, padding=1, dilation=1, padding_mode="reflect"),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def attention() -> Host:
+    return _described(SelfAttention(), torch.randn(3, 5, 16))
+
+
+def encoder() -> Host:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    return _described(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(3, 5, 16))
+
+
+def convolutions() -> Host:
+    return _described(Convolutions(), torch.randn(3, 3, 12, 10))
+
+
+def vit() -> Host:
+    from modalities.images.backbones import TimmViT
+
+    backbone = TimmViT(
+        3,
+        name="vit_tiny_patch16_224",
+        image_size=32,
+        patch_size=8,
+        weights="random",
+        model_args={"embed_dim": 24, "depth": 4, "num_heads": 2},
+    )
+    return backbone, (torch.randn(3, 3, 32, 40),), backbone.sites()
+
+
+def clip() -> Host:
+    from modalities.images.backbones import OpenClipTower
+
+    small = {"layers": 3, "width": 24, "head_width": 12, "patch_size": 8, "embed_dim": 16}
+    backbone = OpenClipTower(3, name="ViT-B-32", image_size=32, pretrained="random", model_args=small)
+    return backbone, (torch.randn(3, 3, 32, 32),), backbone.sites()
+
+
+def transformers_llama() -> Host:
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, use_cache=False,
+    )  # fmt: skip
+    return _described(LlamaModel(config), torch.randint(0, 50, (3, 6)))
+
+
+def _described(model: nn.Module, *example: Tensor) -> Host:
+    return model.eval(), example, describe(model)
+
+
+HOSTS: dict[str, Callable[[], Host]] = {
+    "vit": vit,
+    "clip": clip,
+    "attention": attention,
+    "encoder": encoder,
+    "convolutions": convolutions,
+    "llama": transformers_llama,
+}

@@ -1,0 +1,290 @@
+"""The capability matrix: what every method must do on every host it is meant for.
+
+A method joins by existing: with no settings here it is tried as it is on the ViT. What a method cannot do is excluded
+with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from shared import catalog
+from shared.adapted import adapt
+from shared.errors import RequestError
+from tests.shared.hosts import HOSTS
+
+# Per method and host: the arguments to try. A method that is not named runs with its defaults on the ViT.
+SETTINGS: dict[str, dict[str, dict]] = {
+    "LoRA": {
+        "vit": {
+            "rank": 2,
+            "alpha": 3.0,
+            "roles": ("attention.query", "attention.key", "attention.value", "attention.output", "mlp.up", "mlp.down"),
+        },
+        "clip": {"rank": 2, "roles": ("attention.query", "attention.value", "attention.output", "mlp.up")},
+        "attention": {"rank": 2, "roles": ("attention.query", "attention.value", "attention.output")},
+        "encoder": {"rank": 2, "roles": ("attention.query", "attention.key", "attention.output", "linear")},
+        "convolutions": {"rank": 3, "roles": "conv"},
+        "llama": {"rank": 2, "roles": "linear"},
+    },
+    "CloudAdapter": {"vit": {"width": 6, "rank": 2, "stages": 3}, "clip": {"width": 6, "rank": 2, "stages": 3}},
+}
+
+# (method, capability): why it is not asked for.
+EXCLUDED: dict[tuple[str, str], str] = {
+    ("CloudAdapter", "identity_at_start"): "both factors of the published projections start non-zero",
+    ("CloudAdapter", "folded_separate_merged"): "acts on activations: nothing to fold",
+    ("CloudAdapter", "unmerge_exact"): "acts on activations: nothing to merge",
+    ("LoRA", "merge_refused"): "acts on weights: merges",
+}
+ABSENT: dict[str, str] = {
+    "Probe": "attaches nothing: tests/shared/methods/test_probe_and_full.py",
+    "Full": "attaches nothing: tests/shared/methods/test_probe_and_full.py",
+    "ResAdapter": "needs a diffusion UNet: tests/modalities/diffusion",
+}
+CAPABILITIES = {}
+
+
+def capability(function):
+    CAPABILITIES[function.__name__] = function
+    return function
+
+
+def cases() -> list[tuple[str, str]]:
+    methods = [entry.name for entry in catalog.entries("method") if entry.name not in ABSENT]
+    return [(method, host) for method in methods for host in SETTINGS.get(method, {"vit": {}})]
+
+
+class Case:
+    """A method on a host, fresh: the model, its inputs, and the bare output."""
+
+    def __init__(self, method: str, host: str):
+        torch.manual_seed(1)
+        self.backbone, self.inputs, self.sites = HOSTS[host]()
+        self.backbone.eval()
+        self.method = catalog.find(method, "method").load()(**SETTINGS.get(method, {}).get(host, {}))
+        self.bare = out(self.backbone, self.inputs)
+        # torch's own attention takes a fused path without gradients and another with them.
+        self.bare_with_gradients = rows(self.backbone(*self.inputs)).detach()
+        self.host, self.model = host, adapt(self.backbone, self.method, sites=self.sites, example=self.inputs)
+
+    def perturb(self, name: str = "default", seed: int = 0) -> Case:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.model.bank[name].parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        return self
+
+
+def out(model: nn.Module, inputs: tuple[Tensor, ...], **more) -> Tensor:
+    """All floating-point outputs without gradient, as rows of one (batch, -1) tensor."""
+    with torch.no_grad():
+        return rows(model(*inputs, **more))
+
+
+def rows(output) -> Tensor:
+    leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    return torch.cat([t.flatten(1) for t in leaves], dim=1)
+
+
+def close(a: Tensor, b: Tensor, limit: float = 2e-5) -> bool:
+    return float((a - b).abs().max()) <= limit * max(1.0, float(b.abs().max()))
+
+
+@capability
+def identity_at_start(case: Case) -> None:
+    assert torch.equal(out(case.model, case.inputs), case.bare)
+    case.model.train()
+    assert torch.equal(rows(case.model(*case.inputs)).detach(), case.bare_with_gradients)
+
+
+@capability
+def changes_the_output(case: Case) -> None:
+    assert not close(out(case.perturb().model, case.inputs), case.bare, 1e-3)
+
+
+@capability
+def training_equals_inference(case: Case) -> None:
+    case.perturb().model.eval()
+    assert close(rows(case.model(*case.inputs)).detach(), out(case.model, case.inputs))
+
+
+@capability
+def folded_separate_merged(case: Case) -> None:
+    folded = out(case.perturb().model.eval(), case.inputs)
+    case.model.state.form = "separate"
+    separate, trained = out(case.model, case.inputs), rows(case.model(*case.inputs)).detach()
+    case.model.state.form = "auto"
+    case.model.merge()
+    merged = out(case.model, case.inputs)
+    assert close(separate, folded)
+    assert close(trained, folded)
+    assert torch.equal(merged, folded)
+
+
+@capability
+def unmerge_exact(case: Case) -> None:
+    before = copy.deepcopy(case.backbone.state_dict())
+    folded = out(case.perturb().model.eval(), case.inputs)
+    for _ in range(3):
+        case.model.merge()
+        with case.model.disabled():
+            assert torch.equal(out(case.model, case.inputs), case.bare)
+        assert torch.equal(out(case.model, case.inputs), folded)  # still merged after the block
+        case.model.unmerge()
+    after = case.backbone.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert torch.equal(out(case.model, case.inputs), folded)
+
+
+@capability
+def merge_refused(case: Case) -> None:
+    before = copy.deepcopy(case.backbone.state_dict())
+    with pytest.raises(RequestError, match="cannot be merged: it acts on activations"):
+        case.model.merge()
+    assert all(torch.equal(before[n], t) for n, t in case.backbone.state_dict().items())
+
+
+@capability
+def disable_and_remove_restore(case: Case) -> None:
+    case.perturb()
+    with case.model.disabled():
+        assert torch.equal(out(case.model, case.inputs), case.bare)
+    case.model.remove()
+    assert torch.equal(out(case.backbone, case.inputs), case.bare)
+    assert not any("_port" in m.__dict__ for m in case.backbone.modules())
+    fresh, _, _ = HOSTS[case.host]()
+    assert [type(m) for m in case.backbone.modules()] == [type(m) for m in fresh.modules()]
+
+
+@capability
+def keys_and_types_kept(case: Case) -> None:
+    fresh, _, _ = HOSTS[case.host]()
+    assert list(case.backbone.state_dict()) == list(fresh.state_dict())
+    for ours, theirs in zip(case.backbone.modules(), fresh.modules(), strict=True):
+        assert isinstance(ours, type(theirs))
+
+
+@capability
+def gradient_reaches_exactly_the_adapter(case: Case) -> None:
+    case.perturb().model.train()
+    rows(case.model(*case.inputs)).square().sum().backward()
+    trained = case.model.trainable()
+    assert set(trained) == {f"adapter.{n}" for n, _ in case.model.bank.named_parameters()}
+    assert all(p.grad is not None and bool(p.grad.count_nonzero()) for p in trained.values())
+    assert all(p.grad is None and not p.requires_grad for p in case.backbone.parameters())
+    assert not any(m.training for m in case.backbone.modules())
+
+
+@capability
+def save_and_load(case: Case, tmp_path) -> None:
+    folded = out(case.perturb().model.eval(), case.inputs)
+    case.model.save(tmp_path / "a.safetensors", metrics={"score": 0.5})
+    other = Case(type(case.method).__name__, case.host).model
+    header = other.load(tmp_path / "a.safetensors")
+    assert header["metrics"] == {"score": 0.5}
+    assert torch.equal(out(other.eval(), case.inputs), folded)
+
+
+@capability
+def ten_adapters_switch(case: Case) -> None:
+    case.model.eval()
+    for i in range(9):
+        case.model.add(case.method, name=f"n{i}")
+    names = ["default", *(f"n{i}" for i in range(9))]
+    outputs = {}
+    for i, name in enumerate(names):
+        case.perturb(name, seed=i).model.activate(name)
+        outputs[name] = out(case.model, case.inputs)
+    assert all(not close(outputs[a], outputs[b], 1e-4) for a, b in itertools.pairwise(names))
+    for name in reversed(names):
+        case.model.activate(name)
+        assert torch.equal(out(case.model, case.inputs), outputs[name])
+    case.model.remove("n3")
+    case.model.activate("n7")
+    assert torch.equal(out(case.model, case.inputs), outputs["n7"])
+    case.model.activate()
+    assert torch.equal(out(case.model, case.inputs), case.bare)
+
+
+@capability
+def per_sample_equals_row_by_row(case: Case) -> None:
+    case.model.eval()
+    case.model.add(case.method, name="other")
+    case.perturb("default", 0).perturb("other", 1)
+    names = ["other", None, "default"]
+    together = out(case.model, case.inputs, adapters=names)
+    for i, name in enumerate(names):
+        case.model.activate(*([name] if name else []))
+        alone = out(case.model, tuple(t[i : i + 1] for t in case.inputs))
+        assert close(together[i : i + 1], alone)
+
+
+@capability
+def compiles_without_a_break(case: Case) -> None:
+    case.perturb().model.eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(case.model, fullgraph=True, backend="aot_eager")
+    assert close(rows(compiled(*case.inputs)).detach(), rows(case.model(*case.inputs)).detach())
+    assert close(out(compiled, case.inputs), out(case.model, case.inputs))
+
+
+@capability
+def copies_and_pickles(case: Case) -> None:
+    folded = out(case.perturb().model.eval(), case.inputs)
+    twin = copy.deepcopy(case.model)
+    again = pickle.loads(pickle.dumps(case.model))
+    for model in (twin, again):
+        assert torch.equal(out(model, case.inputs), folded)
+        model.state.active = ()
+        assert torch.equal(out(model, case.inputs), case.bare)
+    assert torch.equal(out(case.model, case.inputs), folded)  # the copies share nothing with it
+
+
+@capability
+def batch_of_one(case: Case) -> None:
+    whole = out(case.perturb().model.eval(), case.inputs)
+    one = tuple(t[:1] for t in case.inputs)
+    assert close(out(case.model, one), whole[:1])
+    rows(case.model(*one)).sum().backward()
+    assert all(p.grad is not None for p in case.model.trainable().values())
+
+
+@pytest.mark.parametrize("name", CAPABILITIES)
+@pytest.mark.parametrize(("method", "host"), cases())
+def test_capability(method: str, host: str, name: str, tmp_path) -> None:
+    if reason := EXCLUDED.get((method, name)):
+        pytest.skip(reason)
+    case = Case(method, host)
+    function = CAPABILITIES[name]
+    if "tmp_path" in function.__code__.co_varnames[: function.__code__.co_argcount]:
+        function(case, tmp_path)
+    else:
+        function(case)
+
+
+def test_the_matrix_knows_its_size() -> None:
+    methods = {entry.name for entry in catalog.entries("method")}
+    assert methods == {method for method, _ in cases()} | set(ABSENT)
+    assert set(SETTINGS) <= methods
+    assert {method for method, _ in EXCLUDED} <= methods
+    assert {name for _, name in EXCLUDED} <= set(CAPABILITIES)
+    assert len(CAPABILITIES) == 15
+    assert len(cases()) >= 8
+    assert all(reason for reason in (*EXCLUDED.values(), *ABSENT.values()))
+
+
+def test_the_matrix_can_fail() -> None:
+    """A method whose adapter is not the identity at the start is caught."""
+    case = Case("LoRA", "attention")
+    case.perturb()
+    with pytest.raises(AssertionError):
+        identity_at_start(case)
