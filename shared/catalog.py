@@ -3,7 +3,8 @@
 A class is configurable by what it is:
 
 - a method derives from ``Method``, a backbone from a class whose name ends in ``Backbone``, a task from ``Task``;
-- data is a class of a module or package called ``data`` that offers ``train``, ``validation`` and ``test``;
+- data is a class of a module or package called ``data`` that offers ``train``, ``validation`` and ``test`` and is built
+  from keyword arguments alone;
 - a head is a class of a module or package called ``heads`` that offers ``loss`` and ``predict``;
 - the optimiser is ``Optimiser`` and the trainer ``Engine``, of ``shared.training``.
 
@@ -106,6 +107,7 @@ class _Class:
     doc: str
     methods: set[str]
     arguments: list[Argument] | None  # None where it inherits its constructor
+    wired: bool  # its own constructor has positional arguments
     open: bool  # its constructor passes further arguments up
 
 
@@ -151,8 +153,12 @@ def _read(path: Path) -> _Module:
             functions = {n.name: n for n in node.body if isinstance(n, ast.FunctionDef)}
             bases = [ast.unparse(base).partition("[")[0].rpartition(".")[2] for base in node.bases]
             doc = ast.get_docstring(node) or ""
-            arguments, passes_on = _constructor(node, functions.get("__init__"))
-            module.classes.append(_Class(node.name, _dotted(path), bases, doc, set(functions), arguments, passes_on))
+            init = functions.get("__init__")
+            wired = init is not None and len(init.args.args) > 1
+            arguments, passes_on = _constructor(node, init)
+            module.classes.append(
+                _Class(node.name, _dotted(path), bases, doc, set(functions), arguments, wired, passes_on)
+            )
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             module.aliases[node.targets[0].id] = ast.unparse(node.value)
     return module
@@ -184,7 +190,7 @@ def _kind(each: _Class, by_name: dict[str, _Class]) -> str | None:
         return "backbone"
     if "Task" in ancestors:
         return "task"
-    if "data" in rooms and {"train", "validation", "test"} <= offers:
+    if "data" in rooms and {"train", "validation", "test"} <= offers and not each.wired:
         return "data"
     if "heads" in rooms and {"loss", "predict"} <= offers:
         return "head"

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from shared import catalog
@@ -43,14 +44,32 @@ class Recipe:
         return self.tree["seed"]
 
     def build(self, section: str, *wired: Any) -> Any:
-        """The section's object, None where it is absent; ``wired``: the arguments that come from the rest of the run."""
+        """The section's object, None where it is absent. wired: the arguments that come from the rest of the run."""
         if section not in self.sections:
             return None
         chosen = self.sections[section]
         try:
             return chosen.entry.load()(*wired, **chosen.arguments)
         except RequestError as error:
-            raise RequestError(f"{self.source}: {section}: {error}") from error
+            where = "" if str(error).startswith(section) else f"{section}: "
+            raise RequestError(f"{self.source}: {where}{error}") from error
+
+    def outline(self) -> SimpleNamespace:
+        """The data's ``bands`` and ``classes`` as its settings state them, so that nothing needs to be read.
+
+        Raises RequestError where a setting is left for the files to tell.
+        """
+        import inspect
+
+        kind, given = self.sections["data"].entry.load(), self.sections["data"].arguments
+        defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
+        bands = given.get("bands") or given.get("band_names") or defaults.get("bands")
+        classes = given.get("classes") or getattr(kind, "classes", None)
+        if not bands or not classes:
+            raise RequestError(
+                f"{self.source}: data.{'classes' if bands else 'bands'}: state them, the files are not read here"
+            )
+        return SimpleNamespace(bands=len(bands), classes=tuple(classes))
 
     def replaced(self, **sections: Mapping[str, Any]) -> Recipe:
         """The same recipe with other settings, checked again; the rule for a changed ``type`` holds here too."""
@@ -107,6 +126,12 @@ def recipe_name(source: Path) -> str:
     path = source.resolve()
     inside = path.is_relative_to(folder().resolve())
     return path.relative_to(folder().resolve()).with_suffix("").as_posix() if inside else path.stem
+
+
+def summary(source: Path) -> str:
+    """What a recipe says of itself: its first comment line."""
+    first = source.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 
 def read(source: Path) -> dict[str, Any]:
@@ -251,14 +276,15 @@ def _value(
         problems.append(f"{path}: wants {argument.type}, got {value!r}")
         return None
     if files:
-        absent = [p for p in _paths(checked) if not p.exists()]
+        absent = [p for p in _paths(checked, "Path" in argument.type) if not p.exists()]
         problems += [f"{path}: no such file or folder: {p} (paths are relative to {Path.cwd()})" for p in absent]
     return checked
 
 
-def _paths(value: Any) -> Iterable[Path]:
-    if isinstance(value, Path):
-        yield value
-    elif isinstance(value, (list, tuple, set, dict)):
+def _paths(value: Any, text: bool) -> Iterable[Path]:
+    """The paths within a value; ``text`` says that strings are paths too (the type names both)."""
+    if isinstance(value, Path) or (text and isinstance(value, str)):
+        yield Path(value)
+    elif isinstance(value, (list, tuple, dict)):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _paths(item)
+            yield from _paths(item, text)

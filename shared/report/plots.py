@@ -5,22 +5,41 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 INK = "#010203"  # drawn in this colour by matplotlib, in the page's ink in the end
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")  # Okabe and Ito, 2008
+COLOURS = (
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#d55e00",
+    "#f0e442",
+    "#999999",
+)  # Okabe and Ito, 2008
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
-def curves(series: Series, x: str, y: str) -> str:
-    """Lines through (xs, ys) points by name; a name is shown where there are several."""
-    figure, axes = _axes(x, y)
+class Pictures(NamedTuple):
+    """What a task shows of its data. rows: caption, then (H, W, 3) uint8 arrays by label.  colours: by class."""
+
+    rows: Sequence[tuple[str, Mapping[str, np.ndarray]]]
+    colours: Mapping[str, str]
+
+
+def curves(series: Series, x: str) -> str:
+    """Lines through (xs, ys) points by name, over whole numbers; names are shown where there are several."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _axes(x)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     for (name, (xs, ys)), colour in zip(series.items(), _cycle(len(series)), strict=True):
         axes.plot(xs, ys, label=name, color=colour, linewidth=1.6, marker="o" if len(xs) < 2 else "")
     if len(series) > 1:
-        axes.legend(frameon=False)
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=INK)
     return _svg(figure)
 
 
@@ -66,7 +85,7 @@ def _cycle(count: int) -> list[str]:
     return [to_hex(c) for c in matplotlib.colormaps["hsv"](np.linspace(0, 1, count, endpoint=False))]
 
 
-def _axes(x: str, y: str) -> tuple[Any, Any]:
+def _axes(x: str, y: str = "") -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2, 3.2), layout="constrained")
@@ -86,10 +105,7 @@ def _svg(figure: Any) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "legend.labelcolor": INK}):
-        for legend in (axes.get_legend() for axes in figure.axes):
-            for text in legend.get_texts() if legend else ():
-                text.set_color(INK)
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue().replace(INK, "currentColor")
     return text[text.index("<svg") :]
