@@ -215,18 +215,20 @@ def _host_class(original: type, parameters: tuple[str, ...]) -> type:
     def forward(self, *args, **kwargs):
         return self.__dict__["_port"].call(self, inner, args, kwargs)
 
+    def new(kind, *args, **kwargs):
+        return original(*args, **kwargs)  # code that builds another layer of a host's type gets one without adapters
+
     def reduce(self, protocol):
         return _restore, (original, parameters), self.__dict__.copy()
 
     members: dict[str, Any] = {name: _adapted_parameter(name) for name in parameters}
     members |= {"forward": forward, "__reduce_ex__": reduce, "_host_of": original, "__module__": original.__module__}
-    members |= {"__qualname__": original.__qualname__, "__doc__": original.__doc__}
+    members |= {"__qualname__": original.__qualname__, "__doc__": original.__doc__, "__new__": new}
     return type(original.__name__, (original,), members)
 
 
 def _restore(original: type, parameters: tuple[str, ...]) -> nn.Module:
-    kind = _host_class(original, parameters)
-    return kind.__new__(kind)  # type: ignore[call-overload]
+    return object.__new__(_host_class(original, parameters))  # type: ignore[return-value]
 
 
 def _adapted_parameter(name: str) -> property:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -126,6 +128,16 @@ def test_a_host_is_still_its_own_type() -> None:
     assert type(host[0]).__name__ == "Linear"
     assert list(host.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
     assert isinstance(host.state_dict(keep_vars=True)["0.weight"], nn.Parameter)
+
+
+def test_another_layer_of_a_hosts_type_has_no_adapters() -> None:
+    host = net()
+    adapt(host, LoRA(rank=2, roles="linear"), example=(X,))
+    other = type(host[0])(3, 5, bias=False)  # as peft does around a layer it wraps
+    assert type(other) is nn.Linear
+    assert (other.weight.shape, other.bias) == ((5, 3), None)
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(host)(X), host(X))
 
 
 def test_one_module_cannot_serve_two_models() -> None:

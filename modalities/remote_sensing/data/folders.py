@@ -1,0 +1,232 @@
+"""Folders of images and masks: PNG, JPEG, GeoTIFF or .npy, any number of bands, any dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from modalities.remote_sensing.data.rasters import SUFFIXES, Header, Window, read_header, read_image, read_mask
+from modalities.remote_sensing.data.scenes import Scenes
+from modalities.remote_sensing.data.splits import scene_of, split_scenes
+from modalities.remote_sensing.data.statistics import IGNORE
+from shared.errors import RequestError
+
+
+class FolderScenes(Scenes):
+    """Pairs of an image and a mask with the same path below their folders (suffixes may differ), split by scene.
+
+    images, masks: folders, searched with their subfolders.
+    classes: names, in the order of the class index.
+    label_values: for each class the value, or values, that mask files hold for it (0, 1, 2 ... if not given).
+    ignore_value: value or values of mask files that stand for no label.
+    bands: which bands, by name or by number from 1, in the order wanted (all if not given).
+    band_names: names of all bands of a file, in its order (as the files describe them if not given).
+    layout: "HWC" or "CHW" of .npy files, where their shape leaves it open.
+    fill: a pixel whose bands all hold this value has no data, beside what the files declare as nodata.
+    tile: size of a square tile in pixels (the whole image if not given, then all images have one size).
+    overlap: pixels that neighbouring training tiles share.
+    group: a regular expression that finds the scene in the path below ``images`` without suffix, by its group
+        ``scene``, its first group or the whole match: ``"^(?P<scene>[A-Za-z]+_\\d+)_"``. Without it a file is a scene.
+    validation, test: a fraction of the scenes, drawn by ``seed``, or names of scenes. The rest trains.
+    normalisation: "measured" on the valid pixels of the training split, or ``{mean: [...], std: [...]}`` in stored
+        units, one number for each chosen band.
+    batch_size: tiles.  workers: processes that load them (0: none).  seed: of split, order and augmentation.
+    augment: flips and quarter turns of training tiles.
+
+    Raises RequestError with the file named: a folder that is missing or empty, an image without a mask or a mask
+    without an image, sizes or places on Earth that differ, files that differ in bands, a label outside the mapping,
+    and all that ``read_image`` and ``read_mask`` refuse.
+    """
+
+    def __init__(
+        self,
+        *,
+        images: str | Path,
+        masks: str | Path,
+        classes: Sequence[str],
+        label_values: Sequence[int | Sequence[int]] | None = None,
+        ignore_value: int | Sequence[int] | None = None,
+        bands: Sequence[int | str] | None = None,
+        band_names: Sequence[str] | None = None,
+        layout: str | None = None,
+        fill: float | None = None,
+        tile: int | None = None,
+        overlap: int = 0,
+        group: str | None = None,
+        validation: float | Sequence[str] = 0.2,
+        test: float | Sequence[str] = 0.2,
+        normalisation: str | Mapping[str, Sequence[float]] = "measured",
+        batch_size: int = 8,
+        workers: int = 0,
+        seed: int = 0,
+        augment: bool = True,
+    ):
+        labels = Labels(classes, label_values, ignore_value)
+        source = FolderSource(images, masks, labels, bands=bands, band_names=band_names, layout=layout, fill=fill)
+        scene_names = [scene_of(name, group) for name in source.names]
+        super().__init__(
+            source,
+            scene_names,
+            split_scenes(scene_names, validation=validation, test=test, seed=seed),
+            classes=classes,
+            tile=tile,
+            overlap=overlap,
+            normalisation=normalisation,
+            batch_size=batch_size,
+            workers=workers,
+            seed=seed,
+            augment=augment,
+        )
+
+
+class Labels:
+    """From the values of mask files to class indices."""
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        values: Sequence[int | Sequence[int]] | None = None,
+        ignore: int | Sequence[int] | None = None,
+    ):
+        values = range(len(classes)) if values is None else values
+        if len(values) != len(classes):
+            raise RequestError(f"label_values: {len(values)} for {len(classes)} classes; give one entry for each class")
+        entries = [(value, index) for index, own in enumerate(values) for value in _listed(own)]
+        entries += [(value, IGNORE) for value in _listed(ignore)]
+        self._index = dict(entries)
+        if len(self._index) < len(entries):
+            raise RequestError(
+                f"label_values {list(values)} and ignore_value {ignore}: a value stands for one class only"
+            )
+
+    def index(self, path: Path, stored: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        """Values as stored (H, W) to class indices, IGNORE where not ``valid``; any other value raises RequestError."""
+        values, inverse = np.unique(stored, return_inverse=True)
+        known = np.array([self._index.get(int(value), -1) for value in values])
+        mask = np.where(valid, known[inverse.reshape(stored.shape)], IGNORE)
+        if (mask < 0).any():
+            strange = np.unique(stored[mask < 0])[:5].tolist()
+            raise RequestError(
+                f"{path}: values {strange} stand for no class; label_values and ignore_value have {sorted(self._index)}"
+            )
+        return mask
+
+
+class FolderSource:
+    """The paired files as a ``Source``; a read opens its files anew, so nothing is held and workers share nothing."""
+
+    def __init__(
+        self,
+        images: str | Path,
+        masks: str | Path,
+        labels: Labels,
+        *,
+        bands: Sequence[int | str] | None = None,
+        band_names: Sequence[str] | None = None,
+        layout: str | None = None,
+        fill: float | None = None,
+    ):
+        self._labels = labels
+        pairs = _pairs(Path(images), Path(masks))
+        self.names = list(pairs)
+        self._images, self._masks = ([pair[side] for pair in pairs.values()] for side in (0, 1))
+        headers = [read_header(path, layout=layout) for path in self._images]
+        self.sizes = [(header.height, header.width) for header in headers]
+        numbers, self.band_names = _chosen(headers[0], bands, band_names)
+        self.reading = {"bands": numbers, "layout": layout, "fill": fill}
+        for header, mask in zip(headers, self._masks, strict=True):
+            if header.bands != headers[0].bands:
+                raise RequestError(
+                    f"{header.path}: {header.bands} bands, but {headers[0].path.name} has {headers[0].bands}"
+                )
+            _same_place(header, read_header(mask))
+
+    def read(self, index: int, window: Window) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        image, valid, _ = read_image(self._images[index], window=window, **self.reading)
+        return image, valid, np.where(valid, self.labels(index, window), IGNORE)
+
+    def labels(self, index: int, window: Window | None = None) -> np.ndarray:
+        """The mask alone, int64 (H, W)."""
+        mask = read_mask(self._masks[index], window=window)
+        return self._labels.index(self._masks[index], mask.labels, mask.valid)
+
+
+def _listed(values: int | Sequence[int] | None) -> list[int]:
+    if values is None:
+        return []
+    return [values] if isinstance(values, int) else list(values)
+
+
+def _pairs(images: Path, masks: Path) -> dict[str, tuple[Path, Path]]:
+    """{path below the folder without suffix: (image, mask)}, in the order of names."""
+    if images.resolve() == masks.resolve():
+        raise RequestError(f"images and masks are the same folder, {images}")
+    left, right = _files(images), _files(masks)
+    for have, lack, what, other, folder in (
+        (left, right, "image", "mask", masks),
+        (right, left, "mask", "image", images),
+    ):
+        if alone := sorted(set(have) - set(lack)):
+            more = f" (and {len(alone) - 1} more)" if len(alone) > 1 else ""
+            raise RequestError(f"{what} {have[alone[0]]}{more} has no {other}: {folder / alone[0]}.* is missing")
+    return {name: (left[name], right[name]) for name in sorted(left)}
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise RequestError(f"{folder}: no such folder")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in SUFFIXES or path.name.startswith(".") or not path.is_file():
+            continue
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            raise RequestError(f"{found[name]} and {path.name} share one name; keep one of them")
+        found[name] = path
+    if not found:
+        raise RequestError(f"{folder}: holds no raster ({', '.join(SUFFIXES)})")
+    return found
+
+
+def _chosen(
+    header: Header, bands: Sequence[int | str] | None, band_names: Sequence[str] | None
+) -> tuple[list[int], tuple[str, ...]]:
+    """Numbers (from 1) and names of the bands wanted."""
+    # Four bands of which the last is marked alpha are often red, green, blue and near infrared: names tell.
+    everything = band_names is not None and len(band_names) == header.bands
+    numbers = list(range(1, header.bands + 1)) if everything else header.data_bands
+    names = tuple(band_names) if band_names is not None else tuple(header.band_names[n - 1] for n in numbers)
+    if len(names) != len(numbers) or len(set(names)) < len(names):
+        raise RequestError(
+            f"{header.path}: {len(numbers)} bands, but band_names gives {len(set(names))} different names {names}"
+        )
+    folded = [name.casefold() for name in names]
+    chosen = []
+    for band in bands or names:
+        if isinstance(band, str) and band.casefold() in folded:
+            chosen.append(folded.index(band.casefold()))
+        elif isinstance(band, int) and band in numbers:
+            chosen.append(numbers.index(band))
+        else:
+            listed = ", ".join(f"{number} {name}" for number, name in zip(numbers, names, strict=True))
+            raise RequestError(f"{header.path}: no band {band!r}; it has {listed}")
+    if len(set(chosen)) < len(chosen):
+        raise RequestError(f"bands {list(bands or names)}: each band once")
+    return [numbers[c] for c in chosen], tuple(names[c] for c in chosen)
+
+
+def _same_place(image: Header, mask: Header) -> None:
+    if (mask.height, mask.width) != (image.height, image.width):
+        sizes = f"{mask.height} x {mask.width} pixels, its image {image.height} x {image.width}"
+        raise RequestError(f"{mask.path}: {sizes}; a mask has its image's size")
+    one, other = image.georeference, mask.georeference
+    if one is None or other is None:
+        return
+    corners = [
+        np.array([place.at(*corner) for corner in ((0, 0), (image.width, image.height))]) for place in (one, other)
+    ]
+    pixel = abs(one.transform.a) + abs(one.transform.b)
+    if one.crs != other.crs or np.abs(corners[0] - corners[1]).max() > pixel / 2:
+        raise RequestError(f"{mask.path}: lies elsewhere than its image {image.path}; reproject it to the image's grid")

@@ -1,0 +1,286 @@
+"""Rasters: any supported file, or a window of it, as numbers, a mask of what is valid, and a place on Earth."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from shared.errors import RequestError
+
+# A file is decoded as what its name says and as nothing else (a .png that is a virtual raster stays closed).
+_DRIVERS = {".tif": "GTiff", ".tiff": "GTiff", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+SUFFIXES = (*_DRIVERS, ".npy")
+# By default GDAL pads a truncated JPEG with grey and a truncated PNG with zeros, without a word.
+_STRICT = {"GDAL_ERROR_ON_LIBJPEG_WARNING": True, "GDAL_PNG_WHOLE_IMAGE_OPTIM": False}
+
+
+class Window(NamedTuple):
+    """A rectangle of a raster, in pixels."""
+
+    row: int
+    column: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Georeference:
+    """Where a raster lies: a rasterio ``CRS`` (or None) and the affine ``transform`` of (column, row) to map units."""
+
+    crs: Any
+    transform: Any
+
+    def at(self, column: float, row: float) -> tuple[float, float]:
+        """Map coordinates of a corner of a pixel."""
+        a, b, c, d, e, f = self.transform[:6]
+        return a * column + b * row + c, d * column + e * row + f
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself before a pixel is read. ``alpha``: the 1-based band that holds opacity, or None."""
+
+    path: Path
+    bands: int
+    height: int
+    width: int
+    dtype: str
+    band_names: tuple[str, ...]
+    alpha: int | None
+    georeference: Georeference | None
+
+    @property
+    def data_bands(self) -> list[int]:
+        """The numbers, from 1, of all bands but alpha."""
+        return [number for number in range(1, self.bands + 1) if number != self.alpha]
+
+
+class Raster(NamedTuple):
+    """image: float32 (bands, H, W), 0 where invalid.  valid: bool (H, W).  georeference: of the window, or None."""
+
+    image: np.ndarray
+    valid: np.ndarray
+    georeference: Georeference | None
+
+
+class Mask(NamedTuple):
+    """labels: int64 (H, W), the values as stored.  valid: bool (H, W), False where the file declares no data."""
+
+    labels: np.ndarray
+    valid: np.ndarray
+
+
+def read_header(path: str | Path, *, layout: str | None = None) -> Header:
+    """The size, bands and georeference of a raster file. ``layout``: "HWC" or "CHW", for .npy. Raises RequestError."""
+    with _opened(Path(path), layout) as (header, _):
+        return header
+
+
+def read_image(
+    path: str | Path,
+    *,
+    bands: Sequence[int] | None = None,
+    window: Window | None = None,
+    layout: str | None = None,
+    fill: float | None = None,
+) -> Raster:
+    """A raster, or a ``window`` of it, as float32 in stored units (scale and offset tags are not applied).
+
+    bands: numbers counted from 1, in the order wanted; all but an alpha band if not given (an alpha band asked for by
+    number is data). A pixel is invalid where any of these bands is NaN, infinite or the file's nodata value, where the
+    alpha band or the file's mask is 0, or where every band equals ``fill``. layout: "HWC" or "CHW" of a .npy file with
+    three axes. Raises RequestError for a file that cannot be decoded, lacks a band, or holds no valid pixel at all.
+    """
+    with _opened(Path(path), layout) as (header, source):
+        numbers = list(bands) if bands else header.data_bands
+        if missing := [n for n in numbers if not 1 <= n <= header.bands]:
+            raise RequestError(f"{path}: no band {missing[0]}; it has bands 1 to {header.bands}")
+        if "palette" in header.band_names:
+            raise RequestError(f"{path}: an image of palette indices has no spectral bands; convert it to RGB")
+        where = _inside(header, window)
+        stored, declared = _read(source, numbers, where, header.alpha)
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, hence invalid
+        image = np.array(stored, dtype=np.float32, order="C")
+    valid = declared & np.isfinite(image).all(0)
+    if fill is not None:
+        valid &= (stored != fill).any(0)
+    if not valid.any() and where == _inside(header, None):
+        raise RequestError(f"{path}: no valid pixel (all NaN, nodata or transparent); leave the file out or mend it")
+    image[:, ~valid] = 0
+    return Raster(image, valid, _shifted(header.georeference, where))
+
+
+def read_mask(path: str | Path, *, window: Window | None = None) -> Mask:
+    """A label raster with one band of whole numbers (an alpha band and declared nodata mark invalid pixels).
+
+    Raises RequestError where the file cannot be decoded, has several bands, or holds a fraction.
+    """
+    with _opened(Path(path), None) as (header, source):
+        if len(header.data_bands) != 1:
+            raise RequestError(f"{path}: a mask has one band of class values, this file has {len(header.data_bands)}")
+        stored, declared = _read(source, header.data_bands, _inside(header, window), header.alpha)
+    valid = declared & np.isfinite(stored[0])
+    values = np.where(valid, stored[0], 0)
+    labels = values.astype(np.int64)
+    if (labels != values).any():
+        raise RequestError(f"{path}: a mask holds whole class values, this file holds {values[labels != values][0]:g}")
+    return Mask(labels, valid)
+
+
+def write_raster(
+    path: str | Path,
+    image: np.ndarray,
+    *,
+    georeference: Georeference | None = None,
+    band_names: Sequence[str] | None = None,
+    nodata: float | None = None,
+) -> None:
+    """Write (bands, H, W) as a deflated GeoTIFF: to a temporary name beside ``path``, renamed when whole."""
+    path, (bands, height, width) = Path(path), image.shape
+    place = {} if georeference is None else {"crs": georeference.crs, "transform": georeference.transform}
+    profile = {"driver": "GTiff", "count": bands, "height": height, "width": width, "dtype": image.dtype, **place}
+    predictor = 3 if np.issubdtype(image.dtype, np.floating) else 2
+    # MINISBLACK: four bytes per pixel would otherwise be written as red, green, blue and alpha.
+    coding = {"compress": "deflate", "predictor": predictor, "photometric": "MINISBLACK", "nodata": nodata}
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tif")
+    try:
+        with _quiet() as rasterio, rasterio.open(temporary, "w", **profile, **coding) as dataset:
+            dataset.write(image)
+            dataset.descriptions = tuple(band_names) if band_names else (None,) * bands
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _opened(path: Path, layout: str | None = None) -> Iterator[tuple[Header, Any]]:
+    """A file's header with an open rasterio dataset, or with a (bands, H, W) array where it is .npy.
+
+    Whatever fails in opening or decoding becomes a RequestError that names the file.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise RequestError(f"{path}: not a raster this reads; use {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise RequestError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise RequestError(f"{path}: empty (0 bytes)")
+    if path.suffix.lower() == ".npy":
+        array = _array(path, layout)
+        bands, height, width = array.shape
+        yield Header(path, bands, height, width, str(array.dtype), _numbered(bands), None, None), array
+        return
+    driver = _DRIVERS[path.suffix.lower()]
+    with _quiet() as rasterio:
+        from rasterio.errors import RasterioError
+
+        try:
+            with rasterio.open(path, driver=driver) as dataset:
+                yield _header(path, dataset), dataset
+        except RasterioError as error:
+            raise RequestError(f"{path}: damaged, or not {driver} ({_reason(error)})") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[Any]:
+    """rasterio, set to refuse truncated files and to say nothing of a raster without a place on Earth."""
+    try:
+        import rasterio
+        from rasterio.errors import NotGeoreferencedWarning
+    except ImportError as error:
+        raise RequestError("reading rasters needs rasterio: pip install 'omniadapt[remote-sensing]'") from error
+    with warnings.catch_warnings(), rasterio.Env(**_STRICT):
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        yield rasterio
+
+
+def _header(path: Path, dataset: Any) -> Header:
+    colours = tuple(colour.name for colour in dataset.colorinterp)
+    alpha = colours.index("alpha") + 1 if "alpha" in colours else None
+    names = tuple(dataset.descriptions) if all(dataset.descriptions) else colours
+    if len(set(names)) < len(names) or {"undefined", "gray"} & set(names):
+        names = _numbered(dataset.count)
+    known = dataset.crs is not None or not dataset.transform.is_identity
+    place = Georeference(dataset.crs, dataset.transform) if known else None
+    return Header(path, dataset.count, dataset.height, dataset.width, dataset.dtypes[0], names, alpha, place)
+
+
+def _numbered(bands: int) -> tuple[str, ...]:
+    return tuple(f"band {number}" for number in range(1, bands + 1))
+
+
+def _read(source: Any, numbers: Sequence[int], where: Window, alpha: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Bands as stored (n, H, W), and what the file itself says of validity (H, W): nodata, alpha, mask band."""
+    rows, columns = slice(where.row, where.row + where.height), slice(where.column, where.column + where.width)
+    if isinstance(source, np.ndarray):
+        stored = source[[number - 1 for number in numbers], rows, columns]
+        return stored, np.ones(stored.shape[1:], bool)
+    from rasterio.enums import MaskFlags
+    from rasterio.windows import Window as RasterioWindow
+
+    window = RasterioWindow.from_slices(rows, columns)
+    stored = source.read(list(numbers), window=window)
+    valid = np.ones(stored.shape[1:], bool)
+    for number, values in zip(numbers, stored, strict=True):
+        if (nodata := source.nodatavals[number - 1]) is not None:
+            valid &= values != nodata
+    if MaskFlags.per_dataset in source.mask_flag_enums[numbers[0] - 1] and alpha not in numbers:
+        valid &= source.read_masks(numbers[0], window=window) > 0
+    return stored, valid
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the deepest cause: GDAL's own words rather than 'Read failed. See previous exception'."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _array(path: Path, layout: str | None) -> np.ndarray:
+    """A .npy file, memory-mapped, seen as (bands, H, W)."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise RequestError(f"{path}: damaged, or not a plain .npy array ({_reason(error)})") from error
+    if array.dtype.kind not in "buif" or array.ndim not in (2, 3) or 0 in array.shape:
+        raise RequestError(
+            f"{path}: holds {array.dtype} {array.shape}; an image has numbers of shape (H, W), HWC or CHW"
+        )
+    if array.ndim == 2:
+        return array[None]
+    layout = layout or _guess_layout(path, array.shape)
+    if layout not in ("HWC", "CHW"):
+        raise RequestError(f"layout {layout!r} of .npy files: use 'HWC' or 'CHW'")
+    return array if layout == "CHW" else np.moveaxis(array, 2, 0)
+
+
+def _guess_layout(path: Path, shape: tuple[int, ...]) -> str:
+    """The layout of a shape that leaves no doubt: bands are the one axis at most half as long as both others."""
+    first, middle, last = shape
+    if 2 * first <= min(middle, last):
+        return "CHW"
+    if 2 * last <= min(first, middle):
+        return "HWC"
+    raise RequestError(f"{path}: which axis of {shape} holds the bands is not plain; state layout 'HWC' or 'CHW'")
+
+
+def _inside(header: Header, window: Window | None) -> Window:
+    window = window or Window(0, 0, header.height, header.width)
+    bottom, right = window.row + window.height, window.column + window.width
+    if min(window) < 0 or not window.height or not window.width or bottom > header.height or right > header.width:
+        raise RequestError(f"{header.path}: {window} lies outside its {header.height} x {header.width} pixels")
+    return window
+
+
+def _shifted(place: Georeference | None, window: Window) -> Georeference | None:
+    if place is None:
+        return None
+    a, b, _, d, e, _ = place.transform[:6]
+    x, y = place.at(window.column, window.row)
+    return Georeference(place.crs, type(place.transform)(a, b, x, d, e, y))

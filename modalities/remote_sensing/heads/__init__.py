@@ -1,0 +1,8 @@
+"""Segmentation heads: from a backbone's feature maps to class scores of pixels.
+
+Every head is called with ``(features, size)``, and offers ``loss(output, mask)`` and ``predict(output, size)``.
+"""
+
+from modalities.remote_sensing.heads.light import LightDecoder as LightDecoder
+from modalities.remote_sensing.heads.light import LinearHead as LinearHead
+from modalities.remote_sensing.heads.mask2former import Mask2FormerHead as Mask2FormerHead

@@ -1,0 +1,124 @@
+"""Semantic segmentation: a class for every pixel, measured by the confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from shared.adapted import Adapted
+from shared.errors import RequestError, WorkError
+from shared.training.optimiser import Optimiser
+from shared.training.task import Task
+
+
+class Segmentation(Task):
+    """Trains and measures an adapted model whose head offers ``loss`` and ``predict``.
+
+    model: with a head.  data: it gives ``classes`` (names), ``bands`` and ``ignore_index``; its batches hold ``image``
+    (B, bands, H, W), ``mask`` (B, H, W) and ``name``.
+
+    Results of a split: ``loss`` (mean over samples) and those of ``measure``.
+    """
+
+    monitor: ClassVar[str] = "validation/miou"
+
+    def __init__(self, model: Adapted, data: Any, optimiser: Optimiser):
+        super().__init__(model, optimiser)
+        self.classes, self.bands, self.ignore_index = tuple(data.classes), data.bands, data.ignore_index
+        head: Any = model.head
+        if not (hasattr(head, "loss") and hasattr(head, "predict")):
+            raise RequestError("segmentation needs a head: LightDecoder, LinearHead or Mask2FormerHead")
+        if head.ignore_index != self.ignore_index:
+            raise RequestError(f"head.ignore_index {head.ignore_index}: the data use {self.ignore_index}")
+        if head.classes != len(self.classes):
+            raise RequestError(f"the head has {head.classes} classes, the data {len(self.classes)}")
+        self.confusion = MulticlassConfusionMatrix(
+            len(self.classes), ignore_index=self.ignore_index, validate_args=False
+        )
+        self.mean_loss = MeanMetric(nan_strategy="error")
+
+    @property
+    def head(self) -> Any:
+        return self.model.head
+
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        return self.head.loss(self.model(batch["image"]), batch["mask"])
+
+    def evaluate(self, batch: dict[str, Any]) -> None:
+        image, mask = batch["image"], batch["mask"]
+        output = self.model(image)
+        scores = self.head.predict(output, mask.shape[1:])
+        if not torch.isfinite(scores).all():
+            raise WorkError(f"the class scores are not finite on samples {', '.join(batch['name'])}")
+        self.mean_loss.update(self.head.loss(output, mask), len(image))
+        self.confusion.update(scores.argmax(1), mask)
+
+    def results(self) -> dict[str, Any]:
+        found = {"loss": self.mean_loss.compute().item(), **measure(self.confusion.compute(), self.classes)}
+        self.mean_loss.reset()
+        self.confusion.reset()
+        return found
+
+    @torch.no_grad()
+    def scores(self, image: Tensor) -> Tensor:
+        """image (B, bands, H, W), normalised, to class scores (B, classes, H, W), in eval mode."""
+        if image.ndim != 4 or image.shape[1] != self.bands:
+            raise RequestError(f"image of shape {tuple(image.shape)}: the model takes (B, {self.bands}, H, W)")
+        training = self.training
+        self.eval()
+        try:
+            size = (image.shape[2], image.shape[3])
+            return self.head.predict(self.model(image), size)
+        finally:
+            self.train(training)
+
+    def predict(self, image: Tensor) -> Tensor:
+        """image (B, bands, H, W), normalised, to class indices (B, H, W)."""
+        scores = self.scores(image)
+        if not torch.isfinite(scores).all():
+            raise WorkError("the class scores are not finite: the image holds NaN, or the weights do")
+        return scores.argmax(1)
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Refuses, before it reaches the device, a batch that would train or measure wrongly."""
+        image, mask, names = batch["image"], batch["mask"], ", ".join(batch["name"])
+        if image.ndim != 4 or image.shape[1] != self.bands or mask.shape != image[:, 0].shape:
+            shapes = f"images {tuple(image.shape)} and masks {tuple(mask.shape)}"
+            raise RequestError(f"samples {names}: {shapes} do not fit {self.bands} bands and each other")
+        if not torch.isfinite(image).all():
+            raise RequestError(f"samples {names}: an image holds NaN or infinity")
+        strange = mask[((mask < 0) | (mask >= len(self.classes))) & (mask != self.ignore_index)]
+        if len(strange):
+            values = f"0 to {len(self.classes) - 1} and {self.ignore_index} (ignored)"
+            raise RequestError(f"samples {names}: mask value {strange[0].item()}; this data set has {values}")
+        return batch
+
+
+def measure(confusion: Tensor, classes: Sequence[str]) -> dict[str, Any]:
+    """What a confusion matrix says; counts (K, K), rows truth, columns prediction.
+
+    ``oa``: overall accuracy.  ``iou/<class>``.  ``miou`` and ``f1``: means of IoU and F1 over the classes that
+    occur in truth or prediction.  ``support/<class>``: pixels in truth.  ``confusion``: the counts as lists.
+    None where a number is undefined: the IoU of a class that occurs in neither, the first three where nothing counts.
+    """
+    counts = confusion.double()
+    hit, truth, said = counts.diagonal(), counts.sum(1), counts.sum(0)
+    occurs = truth + said > 0
+    iou = (hit / (truth + said - hit))[occurs]
+    f1 = (2 * hit / (truth + said))[occurs]
+    each = dict.fromkeys(classes) | dict(
+        zip([c for c, o in zip(classes, occurs, strict=True) if o], iou.tolist(), strict=True)
+    )
+    return {
+        "miou": iou.mean().item() if len(iou) else None,
+        "oa": (hit.sum() / counts.sum()).item() if len(iou) else None,
+        "f1": f1.mean().item() if len(iou) else None,
+        **{f"iou/{name}": value for name, value in each.items()},
+        **{f"support/{name}": int(n) for name, n in zip(classes, truth, strict=True)},
+        "confusion": confusion.long().tolist(),
+    }

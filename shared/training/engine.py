@@ -1,0 +1,202 @@
+"""The engine: how long, how precisely and where a task trains; ``fit`` runs it on Lightning's trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from shared.errors import RequestError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from shared.training.task import Task
+
+# Deliberate here: the data choose their workers, frozen modules stay in eval mode, a device may be left unused, and a
+# task looks at its batches, and a half-precision scaler may skip the first step. The last is between Lightning 2.6 and torch 2.13.
+_QUIET = (
+    ".*does not have many workers",
+    ".*in eval mode at the start of training",
+    "GPU available but not used",
+    "You have overridden `on_before_batch_transfer`",
+    "Detected call of `lr_scheduler.step",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """How a task trains. Give ``epochs`` (passes over the training split) or ``steps`` (of the optimiser), not both.
+
+    precision: of the computation; trained parameters stay in float32 with the mixed ones.
+    accumulate: batches whose gradients are summed for one optimiser step.  clip: greatest gradient norm, None: any.
+    patience: checks without a better monitored metric after which training stops, None: never.
+    monitor: "validation/<metric>" that picks the best checkpoint, None: the task's own; smaller is better for names
+    that end in "loss" or "error".  check_every: epochs between checks (validation and checkpoint); there is always one
+    at the end.  device and devices: where, and on how many (one process for each).
+    """
+
+    epochs: int | None = None
+    steps: int | None = None
+    precision: Literal["32", "16-mixed", "bf16-mixed", "64"] = "32"
+    accumulate: int = 1
+    clip: float | None = None
+    patience: int | None = None
+    monitor: str | None = None
+    check_every: int = 1
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    devices: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise RequestError("trainer: give either epochs or steps")
+        for key in ("epochs", "steps", "accumulate", "clip", "patience", "check_every", "devices"):
+            value = getattr(self, key)
+            if value is not None and value <= 0:
+                raise RequestError(f"trainer.{key} {value}: use a number above 0")
+
+    def total_steps(self, batches: int) -> int:
+        """Optimiser steps of the whole training, where an epoch has ``batches`` on every device."""
+        return self.steps if self.steps is not None else (self.epochs or 0) * math.ceil(batches / self.accumulate)
+
+
+def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = False) -> dict[str, Any]:
+    """Train ``task`` on ``data``, keep its best state, and test that.
+
+    data: an object whose ``train()``, ``validation()`` and ``test()`` give torch loaders.
+
+    Writes ``metrics.csv``, ``checkpoints/last.ckpt`` and ``checkpoints/best.ckpt`` below ``output``. An interrupted run
+    goes on, with ``resume``, from its last check, and gives what it would have given uninterrupted.
+
+    Returns ``test`` (the task's results in its best state), ``best`` (monitor, value, epoch, step), ``epochs``,
+    ``steps`` and ``cost``: ``step_seconds`` (median), ``train_seconds``, ``peak_memory_bytes`` (of the GPU's tensors;
+    of the process elsewhere). The model holds its best state afterwards.
+
+    Raises RequestError where there is nothing to resume, a run to overwrite, or no data; WorkError where the loss is
+    not finite or a trainable tensor gets no gradient.
+    """
+    from shared.training.callbacks import Checkpoints, Cost, End, Feed, Order
+    from shared.training.log import MetricsFile
+
+    folder = Path(output) / "checkpoints"
+    state = _state(folder / "last.ckpt", resume)
+    loaders = {split: getattr(data, split)() for split in ("train", "validation", "test")}
+    if empty := [split for split, loader in loaders.items() if not len(loader)]:
+        raise RequestError(f"the {' and '.join(empty)} split has no batch: add samples or lower the batch size")
+    batches = math.ceil(len(loaders["train"]) / engine.devices)
+    monitor, total = engine.monitor or task.monitor, engine.total_steps(batches)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints, order, cost = Checkpoints(folder, monitor, _smaller(monitor)), Order(loaders["train"]), Cost()
+    with _quiet():
+        log = MetricsFile(Path(output) / "metrics.csv", keep=state["global_step"] if state else None)
+        trainer = _trainer(
+            engine, batches, total, log, [checkpoints, order, End(total), cost, *_optional(engine, monitor)]
+        )
+        feed = Feed(loaders, order)
+        task.total_steps = total
+        task.train()
+        trainer.fit(task, datamodule=feed, ckpt_path=folder / "last.ckpt" if state else None, weights_only=True)
+        task.load_state_dict(_read(folder / "best.ckpt")["state_dict"])
+        trainer.test(task, datamodule=feed, verbose=False)
+    reached = {"epochs": trainer.current_epoch, "steps": trainer.global_step}
+    return {"test": task.outcome["test"], "best": checkpoints.best, **reached, "cost": cost.summary()}
+
+
+def _state(last: Path, resume: bool) -> dict[str, Any] | None:
+    """The checkpoint to go on from."""
+    if resume:
+        if not last.exists():
+            raise RequestError(f"{last}: no checkpoint to resume from; run without resume")
+        return _read(last)
+    if last.exists():
+        raise RequestError(f"{last} exists: resume that run, or choose another output directory")
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A checkpoint of ours: tensors and plain values, nothing that runs code."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for the ways in which a file can be broken
+        line = str(error).strip().partition("\n")[0]
+        raise RequestError(f"{path}: not a readable checkpoint ({type(error).__name__}: {line})") from error
+    if not isinstance(state, dict) or not {"state_dict", "loops", "global_step"} <= state.keys():
+        raise RequestError(f"{path}: not a training checkpoint of omniadapt")
+    return state
+
+
+def _smaller(monitor: str) -> bool:
+    return monitor.endswith(("loss", "error"))
+
+
+def _optional(engine: Engine, monitor: str) -> Iterator[Any]:
+    """Early stopping where asked for, and a progress bar on a terminal."""
+    from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar
+
+    if engine.patience is not None:
+        mode = "min" if _smaller(monitor) else "max"
+        yield EarlyStopping(monitor, patience=engine.patience, mode=mode, check_on_train_epoch_end=False)
+    if sys.stdout.isatty():
+        yield RichProgressBar()
+
+
+def _trainer(engine: Engine, batches: int, total: int, log: Any, callbacks: list[Any]) -> Trainer:
+    from lightning.pytorch import Trainer
+
+    _available(engine)
+    return Trainer(
+        accelerator=engine.device,
+        devices=engine.devices,
+        precision=engine.precision,
+        max_epochs=-1 if engine.epochs is None else engine.epochs,
+        accumulate_grad_batches=engine.accumulate,
+        gradient_clip_val=engine.clip,
+        # Counted in batches over the whole run, so that a last, shorter check is possible.
+        check_val_every_n_epoch=None,
+        val_check_interval=engine.check_every * batches,
+        num_sanity_val_steps=0,
+        log_every_n_steps=max(1, min(total // 1000, batches // engine.accumulate)),
+        logger=log,
+        callbacks=callbacks,
+        inference_mode=False,  # what adapters or metrics keep from an evaluation stays usable in training
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=sys.stdout.isatty(),
+    )
+
+
+def _available(engine: Engine) -> None:
+    """Raises RequestError where the device is not there or cannot compute in the asked precision."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    device = engine.device if engine.device != "auto" else "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
+    if not there[device]:
+        raise RequestError(f"trainer.device {device!r}: this machine has {', '.join(d for d in there if there[d])}")
+    if device == "cuda" and engine.devices > torch.cuda.device_count():
+        raise RequestError(f"trainer.devices {engine.devices}: this machine has {torch.cuda.device_count()} GPUs")
+    if device == "cpu" and engine.precision == "16-mixed":
+        raise RequestError("trainer.precision '16-mixed' needs a GPU: use 'bf16-mixed' or '32' on a CPU")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's notices, and without the warnings about what is done here on purpose."""
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        for message in _QUIET:
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
