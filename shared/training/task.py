@@ -45,6 +45,10 @@ class Task(LightningModule):
         """The metrics since the last call, JSON-able, None where undefined; starts them anew."""
         raise NotImplementedError
 
+    def pictures(self, data: Any) -> Any:
+        """What a report shows of ``data`` (``shared.report.plots.Pictures``); None where a task has nothing to show."""
+        return None
+
     # -- training --------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
