@@ -84,6 +84,22 @@ class Segmentation(Task):
             raise WorkError("the class scores are not finite: the image holds NaN, or the weights do")
         return scores.argmax(1)
 
+    def pictures(self, data: Any, count: int = 4) -> Any:
+        """Image, truth and prediction of ``count`` samples spread over the test split."""
+        from shared.report.plots import Pictures, class_colours, paint
+
+        samples: Any = data.test().dataset
+        colours, rows = class_colours(self.classes), []
+        for index in sorted({round(i * (len(samples) - 1) / max(count - 1, 1)) for i in range(count)}):
+            sample = samples[index]
+            said = self.predict(sample["image"][None].to(self.device))[0].cpu()
+            painted = {
+                label: paint(mask.numpy(), list(colours.values()), self.ignore_index)
+                for label, mask in (("truth", sample["mask"]), ("prediction", said))
+            }
+            rows.append((sample["name"], {"image": data.display(sample["image"]), **painted}))
+        return Pictures(rows, colours)
+
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Refuses, before it reaches the device, a batch that would train or measure wrongly."""
         image, mask, names = batch["image"], batch["mask"], ", ".join(batch["name"])

@@ -45,6 +45,10 @@ class Task(LightningModule):
         """The metrics since the last call, JSON-able, None where undefined; starts them anew."""
         raise NotImplementedError
 
+    def pictures(self, data: Any) -> Any:
+        """What a report shows of ``data`` (``shared.report.plots.Pictures``); None where a task has nothing to show."""
+        return None
+
     # -- training --------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
@@ -101,7 +105,7 @@ class Task(LightningModule):
     def _report(self, split: str) -> None:
         self.outcome[split] = self.results()
         scalars = {f"{split}/{n}": float(v) for n, v in self.outcome[split].items() if isinstance(v, (int, float))}
-        self.log_dict(scalars)
+        self.log_dict(scalars, sync_dist=self.trainer.world_size > 1)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,27 @@
+# On a fresh machine with Python 3.11, git and make, every target first installs what it needs into .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: install demo test lint bench
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet uv
+	PATH="$$PATH:$(CURDIR)/$(BIN)" uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/omniadapt compare quickstart --methods probe,lora,cloud_adapter,full
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: install
+	@for script in $(wildcard tests/benchmarks/[a-z]*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -1,0 +1,196 @@
+"""The command line: parses, calls one function a command, and turns failures into one line and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from shared.errors import RequestError, WorkError
+
+LISTS = {"methods": "method", "backbones": "backbone", "data": "data", "heads": "head", "tasks": "task", "recipes": ""}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        asked = _parse(arguments)
+        asked.command(asked)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        return _say("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has gone; nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        if isinstance(error, (RequestError, WorkError)):
+            return _say(str(error), 2 if isinstance(error, RequestError) else 1)
+        return _say(f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)", 1)
+
+
+def _say(message: str, status: int) -> int:
+    print(f"omniadapt: {message}", file=sys.stderr)
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{message} ({self.prog} --help shows how)")
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    asked, rest = _parser().parse_known_args(arguments)
+    # argparse takes no positional after an option: overrides may stand anywhere
+    if unknown := [word for word in rest if word.startswith("-") or not hasattr(asked, "overrides")]:
+        raise RequestError(f"unknown argument {unknown[0]!r} (omniadapt {asked.name} --help shows how)")
+    if hasattr(asked, "overrides"):
+        asked.overrides += rest
+    return asked
+
+
+def _parser() -> argparse.ArgumentParser:
+    debug = argparse.ArgumentParser(add_help=False)
+    debug.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    parser = _Parser(
+        prog="omniadapt",
+        description="Adapt frozen foundation models to a domain by training a few small modules around them.",
+        epilog="Start with: omniadapt list recipes",
+    )
+    commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
+
+    def add(name: str, what: str, *options: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=what, description=what, parents=[debug, *options], allow_abbrev=False)
+        command.set_defaults(command=globals()[f"_{name}"])
+        return command
+
+    recipe = argparse.ArgumentParser(add_help=False)
+    recipe.add_argument("recipe", metavar="RECIPE", help="a recipe file, or a name that 'list recipes' shows")
+    recipe.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change, such as method.rank=16")
+    recipe.add_argument("--tiny", action="store_true", help="the recipe's small trial settings")
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--output", metavar="DIR", type=Path, help="where to write (default: below runs/)")
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", help="print JSON")
+
+    run = add("run", "Train what a recipe describes and write a run directory.", recipe, output)
+    run.add_argument("--resume", action="store_true", help="go on with the run in --output, or with the recipe's last")
+    compare = add("compare", "Train a recipe with several methods and compare them.", recipe, output)
+    compare.add_argument("--methods", required=True, type=_names, help="such as probe,lora,cloud_adapter,full")
+    compare.add_argument("--seeds", type=_numbers, default=[], help="such as 0,1,2 (default: the recipe's)")
+    add("count", "Count a recipe's parameters without loading weights or data.", recipe, as_json)
+    add("list", "List what there is.", as_json).add_argument(
+        "what", choices=LISTS, help=", ".join(LISTS), metavar="WHAT"
+    )
+    add("show", "Show a class with its settings, or the text of a recipe.").add_argument("what", metavar="NAME")
+    add("inspect", "Show what an adapter file holds.").add_argument("file", metavar="FILE", type=Path)
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _numbers(text: str) -> list[int]:
+    if not all(word.isdigit() for word in _names(text)):
+        raise argparse.ArgumentTypeError(f"{text!r}: wants whole numbers with commas between")
+    return [int(word) for word in _names(text)]
+
+
+def _run(asked: argparse.Namespace) -> None:
+    from shared import recipe, run
+    from shared.report.terminal import print_run
+
+    chosen = recipe.load(asked.recipe, asked.overrides, tiny=asked.tiny)
+    folder = run.directory(chosen, asked.output, resume=asked.resume)
+    found = run.run(chosen, folder, resume=asked.resume)
+    print_run(found)
+    print(f"page: {folder / run.PAGE}")
+
+
+def _compare(asked: argparse.Namespace) -> None:
+    from shared import compare, recipe
+
+    chosen = recipe.load(asked.recipe, asked.overrides, tiny=asked.tiny)
+    compare.compare(chosen, asked.methods, asked.seeds, asked.output)
+
+
+def _count(asked: argparse.Namespace) -> None:
+    from shared import recipe, run
+
+    chosen = recipe.load(asked.recipe, asked.overrides, tiny=asked.tiny, files=False)
+    numbers = run.count(chosen)
+    if asked.json:
+        print(json.dumps(numbers))
+        return
+    for role in ("trainable", "adapter", "head", "frozen"):
+        indent = "  " if role in ("adapter", "head") else ""
+        print(f"{indent + role:<12}{numbers[role]:>15,}")
+
+
+def _list(asked: argparse.Namespace) -> None:
+    rows = _rows(asked.what)
+    if asked.json:
+        print(json.dumps(rows))
+        return
+    width = max((len(row["name"]) for row in rows), default=0)
+    for row in rows:
+        print(f"{row['name']:<{width}}  {row['summary']}")
+
+
+def _rows(what: str) -> list[dict[str, str]]:
+    from shared import catalog, recipe
+
+    if what == "recipes":
+        return [{"name": name, "summary": recipe.summary(recipe.locate(name))} for name in recipe.names()]
+    return [{"name": e.name, "summary": e.summary, "module": e.module} for e in catalog.entries(LISTS[what])]
+
+
+def _show(asked: argparse.Namespace) -> None:
+    from shared import catalog, recipe
+
+    if asked.what in recipe.names() or Path(asked.what).is_file():
+        print(recipe.locate(asked.what).read_text(encoding="utf-8"), end="")
+        return
+    names = [*(e.name for e in catalog.entries()), *recipe.names()]
+    if catalog.fold(asked.what) not in map(catalog.fold, names):
+        raise RequestError(f"nothing is called {asked.what!r}{catalog.nearest(asked.what, names)}; see omniadapt list")
+    entry = catalog.find(asked.what)
+    print(f"{entry.name}: {entry.kind} of {entry.module}\n\n{entry.doc}\n")
+    for a in entry.arguments:
+        print(f"  {a.name}: {a.type}" + (" (must be given)" if a.required else f" = {a.default}"))
+
+
+def _inspect(asked: argparse.Namespace) -> None:
+    from shared.store import read_header
+
+    header = read_header(asked.file)
+    method, backbone, tensors = header["method"], header["backbone"], header["tensors"]
+    print(f"{asked.file}: {asked.file.stat().st_size:,} bytes, written by omniadapt {header['version']}")
+    print(f"method    {method['type']} {_spell(method['arguments'])}")
+    print(f"backbone  {backbone['name']}, fingerprint {backbone['fingerprint']}")
+    print(f"metrics   {_spell(header['metrics']) or 'none'}")
+    print(f"sites     {len(header['sites'])}")
+    for key in header["sites"]:
+        print(f"  {key}")
+    print(f"tensors   {len(tensors)}, {sum(_size(t) for t in tensors.values()):,} values")
+    for name, tensor in tensors.items():
+        print(f"  {name}  {tensor['dtype']} {' x '.join(map(str, tensor['shape'])) or 'scalar'}")
+
+
+def _spell(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in values.items())
+
+
+def _size(tensor: dict[str, Any]) -> int:
+    size = 1
+    for extent in tensor["shape"]:
+        size *= extent
+    return size

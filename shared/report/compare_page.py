@@ -1,0 +1,88 @@
+"""The page and the table of a comparison: score, size and cost of each method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.recipe import Recipe
+from shared.report import page, plots
+from shared.report.run_page import grouped, random_note, size, spelled
+from shared.report.terminal import print_table
+
+if TYPE_CHECKING:
+    from shared.compare import Row
+
+Found = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def print_comparison(recipe: Recipe, rows: Sequence[Row], found: Found) -> None:
+    first = next(iter(found.values()))[0]
+    print_table(*_scores(rows, first), title=f"{recipe.name}: test split, {first['backbone']}")
+    print_table(*_costs(rows))
+    if first["random_backbone"]:
+        print(
+            "The backbone's weights are random, not pretrained: this compares methods, it measures no foundation model."
+        )
+
+
+def write_compare_page(folder: Path, recipe: Recipe, rows: Sequence[Row], found: Found) -> Path:
+    """Write ``report.html`` and return its path."""
+    first = next(iter(found.values()))[0]
+    score = score_of(first)
+    points = {row.method: (row.trainable, row.scores[score] or 0.0, row.spreads[score]) for row in rows}
+    chart = plots.scatter(points, "trainable parameters", spelled(score))
+    seeds = rows[0].seeds
+    runs = {
+        f"{method}, seed {r['seed']}": f"{method}/seed_{r['seed']}/report.html"
+        for method, rs in found.items()
+        for r in rs
+    }
+    document = page.page(
+        f"omniadapt: methods on {recipe.name}",
+        page.lead(
+            f"{first['backbone']}; {seeds} seed{'s' if seeds > 1 else ''}"
+            + (", mean ± standard deviation" if seeds > 1 else "")
+        ),
+        random_note(first),
+        page.section("Test split", page.table(*_scores(rows, first))),
+        page.section("Size and cost", page.table(*_costs(rows))),
+        page.section("Score against size", page.figures({f"{spelled(score)} of the test split": chart})),
+        page.section("Runs", page.links(runs)),
+        page.section("Recipe", page.code(recipe.text())),
+        page.section("Versions", page.table(("", ""), first["versions"].items(), numbers=2)),
+    )
+    path = folder / "report.html"
+    page.write(path, document)
+    return path
+
+
+def score_of(found: Mapping[str, Any]) -> str:
+    """The test result that methods are ranked by: the one that picked the checkpoints."""
+    return found["best"]["monitor"].partition("/")[2]
+
+
+def _scores(rows: Sequence[Row], first: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    score = score_of(first)
+    classes = [
+        f"{group}/{name}" for group, names in grouped(first["test"]).items() if group != "support" for name in names
+    ]
+    names = [score, *(n for n in rows[0].scores if "/" not in n and n not in (score, "loss")), *classes]
+    heads = ["method", *(spelled(name) for name in names)]
+    return heads, [[row.method, *(_score(row, name) for name in names)] for row in rows]
+
+
+def _costs(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    heads = ["method", "trainable", "step", "peak memory", "file"]
+    values = [
+        (f"{r.trainable:,}", f"{1000 * r.step_seconds:.0f} ms", size(r.peak_bytes), size(r.file_bytes)) for r in rows
+    ]
+    return heads, [[row.method, *costs] for row, costs in zip(rows, values, strict=True)]
+
+
+def _score(row: Row, name: str) -> str:
+    value = row.scores.get(name)
+    if value is None:
+        return "–"
+    return f"{value:.3f}" + (f" ± {row.spreads[name]:.3f}" if row.seeds > 1 else "")

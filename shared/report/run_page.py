@@ -1,0 +1,144 @@
+"""The page of one run: its scores, curves, pictures, recipe and versions."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shared.recipe import Recipe
+from shared.report import page, plots
+
+_FIRST = ("loss", "miou", "iou")  # charts in this order, others behind
+_SPELLED = {"miou": "mIoU", "iou": "IoU", "oa": "overall accuracy", "f1": "F1"}
+
+
+def write_run_page(folder: Path, recipe: Recipe, found: Mapping[str, Any], pictures: plots.Pictures | None) -> None:
+    """Write ``report.html``. found: what ``metrics.json`` holds."""
+    parts = [
+        page.lead(f"{recipe.sections['method'].entry.name} on {found['backbone']}; seed of the run {recipe.seed}"),
+        random_note(found),
+        page.section("Test split", page.table(("", ""), score_rows(found["test"])), page.lead(chosen(found))),
+        *per_class(found["test"]),
+        page.section("Training", page.figures(_curves(folder / "metrics.csv"))),
+        _pictures(pictures),
+        _confusion(found["test"]),
+        page.section("Size and cost", page.table(("", ""), cost_rows(found))),
+        page.section("Data", page.code(_compact(found["data"]))),
+        page.section("Recipe, as it ran", page.code(recipe.text())),
+        page.section("Versions", page.table(("", ""), found["versions"].items(), numbers=2)),
+    ]
+    page.write(folder / "report.html", page.page(f"omniadapt: {recipe.name}", *parts))
+
+
+def random_note(found: Mapping[str, Any]) -> str:
+    """Says so where the backbone was never trained."""
+    if not found["random_backbone"]:
+        return ""
+    return page.note(
+        "The backbone's weights are random, not pretrained: these scores compare methods and show that the parts work "
+        "together; they say nothing about a foundation model."
+    )
+
+
+def score_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The plain numbers among a task's results; those of single classes are shown apart."""
+    plain = {n: v for n, v in results.items() if "/" not in n and (v is None or isinstance(v, (int, float)))}
+    return [(spelled(name), number(value)) for name, value in plain.items()]
+
+
+def spelled(name: str) -> str:
+    """A measure as readers write it: "iou/cloud" is "IoU cloud"."""
+    return " ".join(_SPELLED.get(word, word.replace("_", " ")) for word in name.split("/"))
+
+
+def chosen(found: Mapping[str, Any]) -> str:
+    """Which state was tested."""
+    best = found["best"]
+    return f"Tested: the state of epoch {best['epoch']}, step {best['step']:,}, with the best {spelled(best['monitor'])}, {best['value']:.4f}."
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def grouped(results: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Results called "group/name" by group: ``{"iou": {"cloud": 0.8}, "support": {...}}``."""
+    groups: dict[str, dict[str, float | None]] = defaultdict(dict)
+    for name, value in results.items():
+        group, slash, member = name.partition("/")
+        if slash:
+            groups[group][member] = value
+    return dict(groups)
+
+
+def cost_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    parameters, cost = found["parameters"], found["cost"]
+    share = parameters["trainable"] / max(parameters["trainable"] + parameters["frozen"], 1)
+    return [
+        ("trainable parameters", f"{parameters['trainable']:,} ({share:.2%} of all)"),
+        ("of them adapter", f"{parameters['adapter']:,}"),
+        ("of them head", f"{parameters['head']:,}"),
+        ("frozen parameters", f"{parameters['frozen']:,}"),
+        ("adapter file", size(found["file_bytes"])),
+        ("training steps", f"{found['steps']:,} in {found['epochs']:,} epochs"),
+        ("time of a step (median)", f"{1000 * cost['step_seconds']:.1f} ms"),
+        ("time of training", f"{cost['train_seconds']:.1f} s"),
+        ("peak memory", size(cost["peak_memory_bytes"])),
+    ]
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that reads best."""
+    for unit in ("bytes", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def per_class(results: Mapping[str, Any]) -> list[str]:
+    """A section for each group of shares (IoU), with the group ``support`` told beside it."""
+    groups = grouped(results)
+    support = groups.pop("support", {})
+    return [page.section(f"{spelled(group)} by class", page.bars(values, support)) for group, values in groups.items()]
+
+
+def _curves(path: Path) -> dict[str, str]:
+    """A chart for each measured quantity: training and validation share one, and so do the classes."""
+    charts: dict[str, dict[str, tuple[list[float], list[float]]]] = defaultdict(dict)
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            for name, text in row.items():
+                split, *quantity = name.split("/") if "/" in name else ("", name)
+                if text and split in ("train", "validation", "") and name not in ("step", "epoch"):
+                    line = split if len(quantity) == 1 else quantity[1]
+                    xs, ys = charts[quantity[0]].setdefault(line, ([], []))
+                    xs.append(int(row["step"]))
+                    ys.append(float(text))
+    charts.pop("support", None)
+    ranked = sorted(charts, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
+    return {spelled(name): plots.curves(charts[name], "step") for name in ranked}
+
+
+def _pictures(pictures: plots.Pictures | None) -> str:
+    if pictures is None or not pictures.rows:
+        return ""
+    rows = [page.pictures(c, {label: plots.png(a) for label, a in images.items()}) for c, images in pictures.rows]
+    return page.section("Pictures of the test split", page.legend(pictures.colours), *rows)
+
+
+def _confusion(results: Mapping[str, Any]) -> str:
+    matrix, names = results.get("confusion"), list(grouped(results).get("iou", {}))
+    if not matrix or len(names) != len(matrix):
+        return ""
+    rows = [(name, *(f"{count:,}" for count in row)) for name, row in zip(names, matrix, strict=True)]
+    return page.section("Confusion (rows truth, columns prediction, pixels)", page.table(("", *names), rows))
+
+
+def _compact(values: Any) -> str:
+    import yaml
+
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True)
