@@ -71,7 +71,14 @@ def test_cost_is_measured(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("order", "workers", "accumulate"),
-    [("shuffled", 0, 1), ("shuffled", 0, 2), ("generator", 0, 1), ("sampler", 0, 1), ("generator", 1, 1), ("sampler", 1, 1)],
+    [
+        ("shuffled", 0, 1),
+        ("shuffled", 0, 2),
+        ("generator", 0, 1),
+        ("sampler", 0, 1),
+        ("generator", 1, 1),
+        ("sampler", 1, 1),
+    ],
 )
 def test_resumed_is_as_if_never_interrupted(tmp_path: Path, order: str, workers: int, accumulate: int) -> None:
     engine = Engine(epochs=4, accumulate=accumulate)
