@@ -88,6 +88,7 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
     from shared.training.callbacks import Checkpoints, Cost, End, Feed, Order
     from shared.training.log import MetricsFile
 
+    _available(engine)
     folder = Path(output) / "checkpoints"
     state = _state(folder / "last.ckpt", resume)
     loaders = {split: getattr(data, split)() for split in ("train", "validation", "test")}
@@ -154,7 +155,6 @@ def _optional(engine: Engine, monitor: str) -> Iterator[Any]:
 def _trainer(engine: Engine, batches: int, total: int, log: Any, callbacks: list[Any]) -> Trainer:
     from lightning.pytorch import Trainer
 
-    _available(engine)
     return Trainer(
         accelerator=engine.device,
         devices=engine.devices,

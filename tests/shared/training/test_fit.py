@@ -267,7 +267,7 @@ def test_precisions(tmp_path: Path, precision: str) -> None:
     assert found["best"]["value"] < 6  # of about 10 at the start
 
 
-def test_engine_says_what_is_wrong() -> None:
+def test_engine_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="either epochs or steps"):
         Engine()
     with pytest.raises(RequestError, match="either epochs or steps"):
@@ -275,4 +275,5 @@ def test_engine_says_what_is_wrong() -> None:
     with pytest.raises(RequestError, match=r"trainer.patience 0"):
         Engine(epochs=1, patience=0)
     with pytest.raises(RequestError, match="16-mixed"):
-        fit(line(), Data(), Engine(epochs=1, precision="16-mixed", device="cpu"), Path("nowhere"))
+        fit(line(), Data(), Engine(epochs=1, precision="16-mixed", device="cpu"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
