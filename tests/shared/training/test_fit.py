@@ -275,5 +275,5 @@ def test_engine_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"trainer.patience 0"):
         Engine(epochs=1, patience=0)
     with pytest.raises(RequestError, match="16-mixed"):
-        fit(line(), Data(), Engine(epochs=1, precision="16-mixed", device="cpu"), tmp_path / "nowhere")
-    assert not (tmp_path / "nowhere").exists()  # refused before anything is written
+        fit(line(), Data(), Engine(epochs=1, precision="16-mixed", device="cpu"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
