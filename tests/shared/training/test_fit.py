@@ -177,9 +177,18 @@ def test_checkpoints_hold_only_what_trains(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["best.ckpt", "last.ckpt"]
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    whole = fit(line(), Data(), Engine(epochs=2), tmp_path / "whole")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "metrics.csv").write_text("step,epoch,train/loss\n0,0,0.5\n")
+    torch.manual_seed(1)
+    again = fit(line(), Data(), Engine(epochs=2), tmp_path / "cut", resume=True)
+    assert again["test"] == whole["test"]
+    assert (tmp_path / "cut/metrics.csv").read_text() == (tmp_path / "whole/metrics.csv").read_text()
+
+
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="no checkpoint to resume from"):
-        fit(line(), Data(), Engine(epochs=1), tmp_path, resume=True)
     with pytest.raises(RequestError, match="was not measured; validation gave validation/loss"):
         fit(line(), Data(), Engine(epochs=1, monitor="validation/miou"), tmp_path / "monitor")
     with pytest.raises(RequestError, match="the train split has no batch"):
