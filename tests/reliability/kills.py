@@ -73,7 +73,7 @@ def main(kills: int) -> int:
         if start(cut).wait():
             raise SystemExit("the last resumed run failed")
         same = (whole / "adapter.safetensors").read_bytes() == (cut / "adapter.safetensors").read_bytes()
-        print(f"{done} kills: the adapter file is {'bit for bit that' if same else 'NOT that'} of the uninterrupted run")
+        print(f"{done} kills: the adapter file is {'' if same else 'NOT '}bit for bit that of the uninterrupted run")
         return int(not same)
 
 
