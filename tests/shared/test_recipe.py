@@ -69,7 +69,10 @@ def test_a_changed_type_starts_the_section_empty(written):
 
 def test_all_problems_are_told_at_once(written):
     message = problem(
-        written(GOOD.replace("rank: 4", "rnak: 4, rank: '16', dropout: .nan")), "sead=1", "data.type=Generated", "seed=x"
+        written(GOOD.replace("rank: 4", "rnak: 4, rank: '16', dropout: .nan")),
+        "sead=1",
+        "data.type=Generated",
+        "seed=x",
     )
     head, *lines = message.splitlines()
     assert head.endswith("r.yaml: 6 problems")
@@ -141,7 +144,9 @@ def test_an_override_that_is_no_yaml(written):
 
 
 def test_unknown_recipes_and_tiny_without_a_section(written):
-    assert "no recipe 'quickstrat': neither a file nor one of the project's; nearest: 'quickstart'" in problem("quickstrat")
+    assert "no recipe 'quickstrat': neither a file nor one of the project's; nearest: 'quickstart'" in problem(
+        "quickstrat"
+    )
     assert "it has no 'tiny' section" in problem(written(GOOD.replace("tiny:", "seed: 1 #")), tiny=True)
 
 

@@ -98,8 +98,8 @@ class OpenClipTower(TokenBackbone):
         return open_clip_sites(self)
 
     def example(self) -> tuple[Tensor]:
-        """One image of the tower's size with values of about unit variance."""
-        image = torch.randn(1, self.bands, *self.image_size, generator=torch.Generator().manual_seed(0), device="cpu")
+        """Two images (batch norms need more than one value) of the tower's size, of about unit variance."""
+        image = torch.randn(2, self.bands, *self.image_size, generator=torch.Generator().manual_seed(0), device="cpu")
         return (image.to(self.tower.conv1.weight),)
 
     def _load(self, file: Path | None, tag: dict[str, Any]) -> None:

@@ -111,10 +111,10 @@ class TimmViT(TokenBackbone):
         return timm_sites(self)
 
     def example(self) -> tuple[Tensor]:
-        """One image of 2 x 3 patches with values of about unit variance."""
+        """Two images (batch norms need more than one value) of 2 x 3 patches, of about unit variance."""
         like = next(self.model.parameters())
         height, width = 2 * self.patch_size[0], 3 * self.patch_size[1]
-        image = torch.randn(1, self.bands, height, width, generator=torch.Generator().manual_seed(0), device="cpu")
+        image = torch.randn(2, self.bands, height, width, generator=torch.Generator().manual_seed(0), device="cpu")
         return (image.to(like),)
 
     def __repr__(self) -> str:

@@ -93,9 +93,9 @@ class Blender:
             image = np.pad(image, ((0, 0), (0, below), (0, right)), mode="reflect")
         return image, valid
 
-    def _scores(self, image: np.ndarray, starts: Sequence[int], kept: Sequence[int]) -> Sequence[np.ndarray]:
+    def _scores(self, image: np.ndarray, starts: Sequence[int], kept: Sequence[int]) -> list[np.ndarray]:
         if not kept:
-            return ()
+            return []
         size = self.grid.columns.window
         windows = np.stack([image[:, :, starts[i] - starts[0] :][:, :, :size] for i in kept])
         scores = self.scores(torch.from_numpy(windows)).float().cpu().numpy()
@@ -106,4 +106,4 @@ class Blender:
         if not np.isfinite(scores).all():
             where = f"{self.image.header.path}, columns {starts[0]} to {starts[-1] + size}"
             raise WorkError(f"{where}: the class scores are not finite; the weights hold NaN or the values overflow")
-        return scores
+        return list(scores)
