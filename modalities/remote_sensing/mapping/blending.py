@@ -45,6 +45,7 @@ class Blender:
         for number in range(first, len(self.grid.panels)):
             yield from self._panel(number, band, tick)
             band = 0
+        tick(self.grid.windows)
 
     def _panel(self, number: int, first: int, tick: Callable[[int], None]) -> Iterator[Strip]:
         rows, columns, panel = self.grid.rows, self.grid.columns, self.grid.panels[number]
@@ -56,8 +57,8 @@ class Blender:
         # Bands that reach into the first strip wanted are run again, so that its sums hold the same terms.
         for band in range(rows.touching(rows.starts[first], rows.end(first))[0], len(rows.starts)):
             valid = np.zeros((rows.window, extent), bool)
+            tick(before + band * len(panel.windows))
             self._band(band, panel, buffer, valid)
-            tick(before + (band + 1) * len(panel.windows))
             height = rows.end(band) - rows.starts[band]
             if band >= first:
                 yield Strip(buffer[:, :height, inside], valid[:height, inside])

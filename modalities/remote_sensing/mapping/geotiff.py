@@ -30,7 +30,7 @@ def write_map(
     return the number of pixels of each class and, last, of none.
 
     Class map: uint8, 255 without data, a colour for each class, overviews by nearest neighbour. Probabilities: float32,
-    NaN without data, overviews by averaging. tick: called with the pixels written so far.
+    NaN without data, overviews by averaging. tick: called with the pixels written.
 
     Raises WorkError where the file does not hold in the end what was written (GDAL may keep a full disk to itself).
     """
@@ -43,10 +43,10 @@ def write_map(
                 _name(dataset, classes, digest)
                 written = 0
                 for window, block in _blocks(strips):
+                    tick(written)
                     dataset.write(block, window=window)
                     pixels += _count(block, len(classes))
                     written += window.height * window.width
-                    tick(written)
             with rasterio.open(path, "r+") as dataset:
                 _overview(dataset)
             _flush(path)

@@ -17,6 +17,7 @@ from modalities.remote_sensing.mapping.geotiff import TAG
 from shared.errors import WorkError
 
 LONGEST = 64  # pixels of a side's pieces: a long straight side of a map is curved in longitude and latitude
+EARTH = "OGC:CRS84"  # longitude and latitude, in this order
 DECIMALS = 7  # of degrees: a centimetre, as RFC 7946 (section 11.2) has it
 
 Ring = list[tuple[float, float]]
@@ -61,15 +62,11 @@ def _write(
     file: IO[str], found: Iterator[tuple[list[Ring], int]], crs: Any, pixel: float, classes: Sequence[str],
     tick: Callable[[int], None],
 ) -> None:  # fmt: skip
-    from rasterio.warp import transform_geom
-
     done, comma = 0, ""
+    tick(done)
     while some := list(islice(found, 1000)):
-        on_map = [
-            {"type": "Polygon", "coordinates": [_cut(ring, LONGEST * pixel) for ring in rings]} for rings, _ in some
-        ]
-        on_earth: Any = transform_geom(crs, "OGC:CRS84", on_map)
-        for (rings, value), geometry in zip(some, on_earth, strict=True):
+        shaped = [[_cut(ring, LONGEST * pixel) for ring in rings] for rings, _ in some]
+        for (rings, value), geometry in zip(some, _on_earth(shaped, crs), strict=True):
             area = abs(_area(rings[0])) - sum(abs(_area(ring)) for ring in rings[1:])
             pixels = round(area / pixel**2)
             facts = {"class": classes[value], "value": value, "pixels": pixels}
@@ -77,6 +74,21 @@ def _write(
             file.write(f"{comma}\n" + json.dumps(feature, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
             done, comma = done + pixels, ","
         tick(done)
+
+
+def _on_earth(polygons: Sequence[list[Ring]], crs: Any) -> Iterator[dict[str, Any]]:
+    """Polygons of a reference system as GeoJSON geometries in longitude and latitude."""
+    from rasterio.warp import transform, transform_geom
+
+    x, y = zip(*(point for rings in polygons for ring in rings for point in ring), strict=True)
+    points = iter(zip(*transform(crs, EARTH, x, y)[:2], strict=True))
+    for rings in polygons:
+        placed = [list(islice(points, len(ring))) for ring in rings]
+        longitudes = [longitude for longitude, _ in placed[0]]
+        if max(longitudes) - min(longitudes) > 180:  # across the 180th meridian: cut there, which takes GDAL long
+            yield transform_geom(crs, EARTH, {"type": "Polygon", "coordinates": rings})
+        else:
+            yield {"type": "Polygon", "coordinates": placed}
 
 
 def _cut(ring: Ring, longest: float) -> Ring:
