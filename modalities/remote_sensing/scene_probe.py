@@ -1,6 +1,6 @@
 """The linear probe on scenes: how well a logistic regression on frozen summaries tells a few classes apart.
 
-    python -m modalities.remote_sensing.scene_probe FOLDER [--backbone AerialViT] [--train 7] [--seeds 10] [--size 160]
+    python -m modalities.remote_sensing.scene_probe FOLDER [--weights FILE] [--train 7] [--seeds 10] [--size 160]
 
 FOLDER holds one folder of JPEG or PNG photographs for each class. For each seed, ``--train`` photographs of a class,
 drawn at random, train the regression and the others test it; the table gives mean and standard deviation over seeds.
