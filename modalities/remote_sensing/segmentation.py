@@ -10,8 +10,10 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from modalities.remote_sensing.pictures import side_by_side
 from shared.adapted import Adapted
 from shared.errors import RequestError, WorkError
+from shared.report.plots import Pictures
 from shared.training.optimiser import Optimiser
 from shared.training.task import Task
 
@@ -63,6 +65,9 @@ class Segmentation(Task):
         self.mean_loss.reset()
         self.confusion.reset()
         return found
+
+    def pictures(self, data: Any) -> Pictures:
+        return side_by_side(self, data)
 
     @torch.no_grad()
     def scores(self, image: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,6 +13,9 @@ from torch.nn.modules.module import _IncompatibleKeys
 from shared.adapted import Adapted
 from shared.errors import WorkError
 from shared.training.optimiser import Optimiser
+
+if TYPE_CHECKING:
+    from shared.report.plots import Pictures
 
 
 class Task(LightningModule):
@@ -44,6 +47,10 @@ class Task(LightningModule):
     def results(self) -> dict[str, Any]:
         """The metrics since the last call, JSON-able, None where undefined; starts them anew."""
         raise NotImplementedError
+
+    def pictures(self, data: Any) -> Pictures | None:
+        """What a run's page shows of the test split, in the model's present state; None where nothing is to be seen."""
+        return None
 
     # -- training --------------------------------------------------------------------------------------------------
 
