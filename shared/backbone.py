@@ -68,7 +68,7 @@ class TokenBackbone(Backbone):
         super().__init__(name)
         if bad := [d for d in depths if not -total <= d < total]:
             raise RequestError(f"depths {bad} of {name}: it has blocks 0 to {total - 1}")
-        self.depths = tuple(sorted(d % total for d in depths))
+        self.depths = tuple(sorted({d % total for d in depths}))
         self.width, self.prefix, self.normed = width, prefix, normed
         self.channels = (width,) * len(self.depths)
 
@@ -81,7 +81,8 @@ class TokenBackbone(Backbone):
         raise NotImplementedError
 
     def summarise(self, tokens: Tensor) -> Tensor:
-        """(B, C) of normed tokens: the class token, or the mean over the grid where there is none."""
+        """(B, C) of the last block's tokens: the normed class token, or the mean over the grid where there is none."""
+        tokens = self.final(tokens)
         return tokens[:, 0] if self.prefix else tokens.mean(1)
 
     def forward(self, image: Tensor) -> Features:
@@ -93,7 +94,7 @@ class TokenBackbone(Backbone):
             tokens = block(tokens, **extras)
             if depth in self.depths:
                 maps.append(self._as_map(self.final(tokens) if self.normed else tokens, grid))
-        return Features(tuple(maps), self.summarise(self.final(tokens)))
+        return Features(tuple(maps), self.summarise(tokens))
 
     def _as_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         return tokens[:, self.prefix :].transpose(1, 2).unflatten(2, grid)

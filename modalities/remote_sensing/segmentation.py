@@ -10,10 +10,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from modalities.remote_sensing.pictures import side_by_side
 from shared.adapted import Adapted
 from shared.errors import RequestError, WorkError
-from shared.report.plots import Pictures
 from shared.training.optimiser import Optimiser
 from shared.training.task import Task
 
@@ -66,9 +64,6 @@ class Segmentation(Task):
         self.confusion.reset()
         return found
 
-    def pictures(self, data: Any) -> Pictures:
-        return side_by_side(self, data)
-
     @torch.no_grad()
     def scores(self, image: Tensor) -> Tensor:
         """image (B, bands, H, W), normalised, to class scores (B, classes, H, W), in eval mode."""
@@ -88,6 +83,22 @@ class Segmentation(Task):
         if not torch.isfinite(scores).all():
             raise WorkError("the class scores are not finite: the image holds NaN, or the weights do")
         return scores.argmax(1)
+
+    def pictures(self, data: Any, count: int = 4) -> Any:
+        """Image, truth and prediction of ``count`` samples spread over the test split."""
+        from shared.report.plots import Pictures, class_colours, paint
+
+        samples: Any = data.test().dataset
+        colours, rows = class_colours(self.classes), []
+        for index in sorted({round(i * (len(samples) - 1) / max(count - 1, 1)) for i in range(count)}):
+            sample = samples[index]
+            said = self.predict(sample["image"][None].to(self.device))[0].cpu()
+            painted = {
+                label: paint(mask.numpy(), list(colours.values()), self.ignore_index)
+                for label, mask in (("truth", sample["mask"]), ("prediction", said))
+            }
+            rows.append((sample["name"], {"image": data.display(sample["image"]), **painted}))
+        return Pictures(rows, colours)
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Refuses, before it reaches the device, a batch that would train or measure wrongly."""

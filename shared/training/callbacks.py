@@ -21,31 +21,51 @@ from shared.errors import RequestError, WorkError
 
 
 class Order(Callback):
-    """Reseeds everything random at the start of every epoch, so that a resumed run goes on as if never interrupted.
+    """Reseeds everything random in every epoch, so that a resumed run goes on as if never interrupted.
 
-    The seeds follow from the one in force when the run began, which checkpoints keep.
+    The seeds follow from the one in force when the run began, which checkpoints keep. The order of samples has a
+    generator of its own: how much else is drawn when an epoch's iterator is made depends on whether it is the first.
+    Augmentation in workers that outlive an epoch is beyond reach: there it must follow from the sample's index.
     """
 
     def __init__(self, loader: DataLoader):
-        self.loader, self.seed, self.first = loader, torch.initial_seed(), 0
+        self.seed, self.first = torch.initial_seed(), 0
+        found = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+        self.samplers: list[Any] = [sampler for sampler in found if sampler is not None]
+        self.loader, self.generator = loader, torch.Generator()
+        for sampler in self.samplers:
+            if hasattr(sampler, "generator"):
+                sampler.generator = self.generator
 
     def start(self, epoch: int, rank: int) -> None:
-        seed = (self.seed + epoch + 1_000_003 * rank) % 2**32
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        if (generator := getattr(self.loader, "generator", None)) is not None:
-            generator.manual_seed(seed)
+        """Before an epoch's iterator is made."""
+        self.generator.manual_seed(_seed_all(self.seed, epoch, rank))
+        for sampler in self.samplers:
+            if hasattr(sampler, "set_epoch"):  # Lightning does it too, but after the first epoch's iterator was made
+                sampler.set_epoch(epoch)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.current_epoch != self.first:  # the first epoch's iterator exists already: see Feed
             self.start(trainer.current_epoch, trainer.global_rank)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            _seed_all(self.seed + 1, trainer.current_epoch, trainer.global_rank)
 
     def state_dict(self) -> dict[str, Any]:
         return {"seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seed = state_dict["seed"]
+
+
+def _seed_all(seed: int, epoch: int, rank: int) -> int:
+    """Seed Python, NumPy and torch with a number of 32 bits that is another for every seed, epoch and process."""
+    number = int(np.random.SeedSequence([seed % 2**64, epoch, rank]).generate_state(1)[0])
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+    return number
 
 
 class Feed(LightningDataModule):
@@ -105,6 +125,7 @@ class Checkpoints(Callback):
                     shutil.copyfile(new, self.folder / ".best.ckpt")
                     os.replace(self.folder / ".best.ckpt", self.folder / "best.ckpt")
                 os.replace(new, self.folder / "last.ckpt")
+            trainer.strategy.barrier()
         except OSError as error:
             raise WorkError(f"{self.folder}: cannot write the checkpoint: {error}") from error
         self.due = self.improved = False

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from shared.training.task import Task
 
 # Deliberate here: the data choose their workers, frozen modules stay in eval mode, a device may be left unused, and a
-# task looks at its batches, and a half-precision scaler may skip the first step. The last is between Lightning 2.6 and torch 2.13.
+# task looks at its batches, and a half-precision scaler may skip the first step. The last message is between Lightning
+# 2.6 and torch 2.13.
 _QUIET = (
     ".*does not have many workers",
     ".*in eval mode at the start of training",

@@ -25,7 +25,7 @@ class MetricsFile(Logger):
         self.path = path
         self.columns, self.rows = ["step", "epoch"], []
         if keep is not None and path.exists():
-            with open(path, newline="") as file:
+            with open(path, newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
                 self.rows = [row for row in reader if int(row["step"]) < keep]
                 self.columns = list(reader.fieldnames or self.columns)
@@ -52,7 +52,7 @@ class MetricsFile(Logger):
             self.columns += new
             self._rewrite()
         else:
-            with open(self.path, "a", newline="") as file:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self.columns).writerow(row)
 
     @rank_zero_only

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,9 +13,6 @@ from torch.nn.modules.module import _IncompatibleKeys
 from shared.adapted import Adapted
 from shared.errors import WorkError
 from shared.training.optimiser import Optimiser
-
-if TYPE_CHECKING:
-    from shared.report.plots import Pictures
 
 
 class Task(LightningModule):
@@ -48,8 +45,8 @@ class Task(LightningModule):
         """The metrics since the last call, JSON-able, None where undefined; starts them anew."""
         raise NotImplementedError
 
-    def pictures(self, data: Any) -> Pictures | None:
-        """What a run's page shows of the test split, in the model's present state; None where nothing is to be seen."""
+    def pictures(self, data: Any) -> Any:
+        """What a report shows of ``data`` (``shared.report.plots.Pictures``); None where a task has nothing to show."""
         return None
 
     # -- training --------------------------------------------------------------------------------------------------
@@ -108,7 +105,7 @@ class Task(LightningModule):
     def _report(self, split: str) -> None:
         self.outcome[split] = self.results()
         scalars = {f"{split}/{n}": float(v) for n, v in self.outcome[split].items() if isinstance(v, (int, float))}
-        self.log_dict(scalars)
+        self.log_dict(scalars, sync_dist=self.trainer.world_size > 1)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 

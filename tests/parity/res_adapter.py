@@ -23,6 +23,7 @@ def replay(case: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> dict[str,
     lora, norms, inputs = _under(case, "sd.lora."), _under(case, "sd.norm."), _inputs(_under(case, "in."))
     backbone = DiffusersUNet(config=meta["unet_config"])
     backbone.unet.load_state_dict(_frozen(backbone.unet, _under(case, "sd.unet."), norms, meta), strict=True)
+    parts: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]
     parts = {"base": ({}, {}), "lora_only": (lora, {}), "norm_only": ({}, norms), "full": (lora, norms)}
     pairs = {}
     for output, expected in _under(case, "out.").items():
@@ -30,7 +31,7 @@ def replay(case: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> dict[str,
         if what not in parts or suffix not in ("", "weight"):
             raise RequestError(f"out.{output}: known are out.{', out.'.join(parts)}, each also with .weight")
         strength = float(meta["weight"]) if suffix else 1.0
-        pairs[f"out.{output}"] = (_run(backbone, *parts[what], strength, inputs), expected)
+        pairs[f"out.{output}"] = (_run(backbone, parts[what], strength, inputs), expected)
     return pairs
 
 
@@ -68,11 +69,14 @@ def _frozen(
 
 @torch.no_grad()
 def _run(
-    backbone: DiffusersUNet, lora: dict[str, Tensor], norms: dict[str, Tensor], strength: float, inputs: dict[str, Any]
+    backbone: DiffusersUNet,
+    parts: tuple[dict[str, Tensor], dict[str, Tensor]],
+    strength: float,
+    inputs: dict[str, Any],
 ) -> Tensor:
-    if not (lora or norms):
+    if not any(parts):
         return backbone.eval()(**inputs).sample
-    model = attach_official(backbone, lora, norms, name="res")
+    model = attach_official(backbone, *parts, name="res")
     model.activate("res", strength=strength)
     output = model(**inputs).sample
     model.remove("res")

@@ -133,6 +133,8 @@ def _inside(depth: int, path: str, inner: str, module: nn.Module) -> list[Site]:
 class DiffusersUNet(Backbone):
     """A text-to-image UNet of diffusers; calling it is calling the library's model, and ``unet`` is that model.
 
+    bands: channels of the images, for a config that leaves ``in_channels`` and ``out_channels`` open; those named
+    below take the 4 channels of latents, and so does an open one without bands.
     config: the name of a published shape or small trial shape ("sd15", "sdxl", "tiny_sd15", "tiny_sdxl"), or the
     arguments of diffusers' ``UNet2DConditionModel``.
     pretrained: a folder or a Hugging Face name that holds a pipeline with such a UNet, or the UNet itself; None draws
@@ -142,9 +144,19 @@ class DiffusersUNet(Backbone):
     Raises RequestError where the config is unknown or refused by diffusers, or the pretrained UNet has another one.
     """
 
-    def __init__(self, *, config: str | dict[str, Any] = "sd15", pretrained: str | None = None, seed: int = 0):
+    channels: tuple[int, ...] = ()  # no feature maps for a head
+
+    def __init__(
+        self,
+        bands: int | None = None,
+        *,
+        config: str | dict[str, Any] = "sd15",
+        pretrained: str | None = None,
+        seed: int = 0,
+    ):
         super().__init__(pretrained or (config if isinstance(config, str) else "UNet2DConditionModel"))
-        arguments = _arguments(config)
+        arguments = _arguments(config, 4 if bands is None else bands)
+        self.source = pretrained or f"random (seed {seed})"
         meta = torch.get_default_device().type == "meta"
         self.unet: Any = _random(arguments, seed) if pretrained is None or meta else _load(pretrained, arguments)
 
@@ -182,12 +194,12 @@ def _first(width: int | tuple[int, ...]) -> int:
     return width if isinstance(width, int) else width[0]
 
 
-def _arguments(config: str | dict[str, Any]) -> dict[str, Any]:
+def _arguments(config: str | dict[str, Any], bands: int) -> dict[str, Any]:
     if not isinstance(config, str):
-        return config
+        return {"in_channels": bands, "out_channels": bands, **config}
     if config not in CONFIGS:
         raise RequestError(f"no UNet config {config!r}; there are {', '.join(CONFIGS)}, or give its arguments")
-    return CONFIGS[config]
+    return {"in_channels": 4, "out_channels": 4, **CONFIGS[config]}
 
 
 def _library() -> Any:

@@ -1,6 +1,12 @@
-"""Labelled scenes for segmentation: read from folders, from Landsat-8 Biome, or generated."""
+"""Labelled scenes for segmentation, read from folders, from Landsat-8 Biome, or generated; and their rasters."""
 
 from modalities.remote_sensing.data.biome import LandsatBiome as LandsatBiome
 from modalities.remote_sensing.data.folders import FolderScenes as FolderScenes
 from modalities.remote_sensing.data.generated import GeneratedScenes as GeneratedScenes
+from modalities.remote_sensing.data.rasters import read_header as read_header
+from modalities.remote_sensing.data.rasters import read_image as read_image
+from modalities.remote_sensing.data.rasters import read_mask as read_mask
+from modalities.remote_sensing.data.rasters import write_raster as write_raster
 from modalities.remote_sensing.data.scenes import Scenes as Scenes
+from modalities.remote_sensing.data.statistics import Normalisation as Normalisation
+from modalities.remote_sensing.data.tiling import tiles as tiles

@@ -191,7 +191,7 @@ def _cirrus_band(random: np.random.Generator, ground: Landscape, clouds: Clouds)
 
 
 def _thermal(random: np.random.Generator, ground: Landscape, sun: Sun, clouds: Clouds, light: np.ndarray) -> np.ndarray:
-    """Brightness temperature at 10.9 um in kelvin (H, W): the ground as ``light`` warms it, under ever colder clouds."""
+    """Brightness temperature at 10.9 um in kelvin (H, W): ground that ``light`` warms, under ever colder clouds."""
     lapse = 0.0065  # kelvin for each metre
     air = random.normal(294, 7) - 18 * (sun.zenith - 0.6)
     kelvin = air - lapse * ground.elevation + ground.warmth * light * np.cos(sun.zenith) * 1.3

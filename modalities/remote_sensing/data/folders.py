@@ -95,23 +95,21 @@ class Labels:
             raise RequestError(f"label_values: {len(values)} for {len(classes)} classes; give one entry for each class")
         entries = [(value, index) for index, own in enumerate(values) for value in _listed(own)]
         entries += [(value, IGNORE) for value in _listed(ignore)]
-        self._index = dict(entries)
-        if len(self._index) < len(entries):
+        known = dict(sorted(entries))
+        if len(known) < len(entries):
             raise RequestError(
                 f"label_values {list(values)} and ignore_value {ignore}: a value stands for one class only"
             )
+        self._values, self._classes = np.array(list(known)), np.array(list(known.values()))
 
     def index(self, path: Path, stored: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """Values as stored (H, W) to class indices, IGNORE where not ``valid``; any other value raises RequestError."""
-        values, inverse = np.unique(stored, return_inverse=True)
-        known = np.array([self._index.get(int(value), -1) for value in values])
-        mask = np.where(valid, known[inverse.reshape(stored.shape)], IGNORE)
-        if (mask < 0).any():
-            strange = np.unique(stored[mask < 0])[:5].tolist()
-            raise RequestError(
-                f"{path}: values {strange} stand for no class; label_values and ignore_value have {sorted(self._index)}"
-            )
-        return mask
+        place = np.searchsorted(self._values, stored).clip(max=len(self._values) - 1)
+        strange = valid & (self._values[place] != stored)
+        if strange.any():
+            found, known = np.unique(stored[strange])[:5].tolist(), self._values.tolist()
+            raise RequestError(f"{path}: values {found} stand for no class; label_values and ignore_value have {known}")
+        return np.where(valid, self._classes[place], IGNORE)
 
 
 class FolderSource:

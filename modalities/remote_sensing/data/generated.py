@@ -23,7 +23,7 @@ NODATA = -9999.0
 
 
 class Scene(NamedTuple):
-    """name: biome and index.  image: float32 (bands, H, W), reflectance at the top of the atmosphere and, for tir1,
+    """name: index and biome.  image: float32 (bands, H, W), reflectance at the top of the atmosphere and, for tir1,
     kelvin; 0 where not ``valid`` (H, W).  mask: uint8 (H, W) class indices, IGNORE where not valid.
     epsg: code of the UTM zone.  corner: easting and northing of the upper left corner in metres."""
 
@@ -41,9 +41,9 @@ def generate(seed: int, index: int, size: int, bands: Sequence[str] = BANDS) -> 
 
     random, name = np.random.default_rng([seed, index]), _name(index)
     sun = draw_sun(random)
-    ground = landscape(random, size, BIOMES[name.split("_")[0]])
+    ground = landscape(random, size, BIOMES[name.split("_")[1]])
     sky = look(random, ground, sun, draw_clouds(random, size, sun))
-    image = np.concatenate([sky.optical, sky.cirrus[None], sky.thermal[None]])
+    image = np.concatenate([sky.optical, sky.cirrus[None], sky.thermal[None]]).astype(np.float32)
     image[:7] *= random.normal(1, 0.015, (7, 1, 1)).astype(np.float32)  # the sensor's gain and offset, scene by scene
     image[:6] += random.normal(0, 0.002, (6, 1, 1)).astype(np.float32)
     for band, sharpness in zip(image, (0.5,) * 7 + (1.4,), strict=True):  # thermal pixels are coarser
@@ -155,11 +155,12 @@ class GeneratedSource:
 
 
 def _name(index: int) -> str:
-    return f"{list(BIOMES)[index % len(BIOMES)]}_{index:04d}"
+    return f"{index:05d}_{list(BIOMES)[index % len(BIOMES)]}"
 
 
 def _place(scene: Scene) -> Georeference:
+    from rasterio import Affine
     from rasterio.crs import CRS
-    from rasterio.transform import from_origin
 
-    return Georeference(CRS.from_epsg(scene.epsg), from_origin(*scene.corner, PIXEL, PIXEL))
+    east, north = scene.corner
+    return Georeference(CRS.from_epsg(scene.epsg), Affine(PIXEL, 0, east, 0, -PIXEL, north))

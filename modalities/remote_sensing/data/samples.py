@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Sampler
 
 from modalities.remote_sensing.data.rasters import Window
 from modalities.remote_sensing.data.statistics import IGNORE, Normalisation, Source
-from modalities.remote_sensing.data.tiles import Tile
+from modalities.remote_sensing.data.tiling import Tile
 
 
 class Tiles(Dataset):

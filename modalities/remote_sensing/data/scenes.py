@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from modalities.remote_sensing.data.samples import EpochSampler, Tiles
 from modalities.remote_sensing.data.splits import SPLITS, Split
 from modalities.remote_sensing.data.statistics import IGNORE, Normalisation, Source, Survey, given, measured, survey
-from modalities.remote_sensing.data.tiles import Tile, tiles
+from modalities.remote_sensing.data.tiling import Tile, tiles
 from shared.errors import RequestError
 
 
@@ -108,8 +108,11 @@ class Scenes:
         }
 
     def display(self, image: Tensor | np.ndarray) -> np.ndarray:
-        """A normalised image (bands, H, W) as a picture, uint8 (H, W, 3), stretched from the 1st to the 99th percentile: the
-        red, green and blue bands if it has them, else the first three, else the first as grey."""
+        """A normalised image (bands, H, W) as a picture, uint8 (H, W, 3).
+
+        Its red, green and blue bands if it has them, else the first three, else the first as grey; stretched together
+        from the 1st to the 99th percentile.
+        """
         values = self.normalisation.undo(np.asarray(image, np.float32))
         names = [name.casefold() for name in self.band_names]
         chosen = [0, 1, 2] if self.bands > 2 else [0, 0, 0]

@@ -55,6 +55,9 @@ class Data:
 
     test = validation
 
+    def display(self, image: Tensor) -> Any:
+        return (image.clamp(0, 1) * 255).byte().movedim(0, -1).numpy()
+
 
 class Patches(nn.Module):
     """A frozen backbone of stride 4 with two maps."""
@@ -168,6 +171,22 @@ def test_predict_refuses_what_it_cannot_judge() -> None:
         task().predict(torch.zeros(1, 4, 8, 8))
     with pytest.raises(WorkError, match="not finite"):
         task().predict(torch.full((1, 3, 8, 8), float("nan")))
+
+
+def test_pictures_show_image_truth_and_prediction() -> None:
+    pytest.importorskip("shared.report")
+    segmentation, data = task(), Data()
+    found = segmentation.pictures(data, count=3)
+    assert [name for name, _ in found.rows] == ["tile0", "tile4", "tile7"]
+    assert list(found.colours) == list(data.classes)
+    _, shown = found.rows[1]
+    assert {label: array.shape for label, array in shown.items()} == dict.fromkeys(
+        ("image", "truth", "prediction"), (32, 32, 3)
+    )
+    assert not shown["truth"][:6, :6].any()  # no label there: black
+    said = segmentation.predict(data.samples[4]["image"][None])[0]
+    colours = {tuple(shown["prediction"][said.numpy() == c][0]) for c in said.unique().tolist()}
+    assert len(colours) == len(said.unique())
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
-"""A problem that trains in milliseconds: LoRA and a head on frozen layers fit a line; every batch's order is recorded."""
+"""A problem that trains in milliseconds: LoRA and a head on frozen layers fit a line; it records its batches."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
 
 from shared.adapted import Adapted, adapt
 from shared.methods import LoRA
@@ -28,14 +29,44 @@ class Points(Dataset):
         return {"x": self.x[index], "y": self.y[index], "name": f"p{index}"}
 
 
+class EpochSampler(Sampler[int]):
+    """An order that follows from the epoch alone, which the trainer tells."""
+
+    def __init__(self, count: int):
+        self.count, self.epoch = count, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(self.count, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+
 class Data:
-    def __init__(self, count: int = 20, generator: bool = False, workers: int = 0):
-        self.training, self.checking = Points(count, 1), Points(8, 2)
-        self.workers, self.generator = workers, torch.Generator().manual_seed(5) if generator else None
+    """order: from the global random state ("shuffled"), a "generator" of its own, or a "sampler" by epoch."""
+
+    def __init__(self, order: str = "shuffled", workers: int = 0):
+        self.training, self.checking = Points(20, 1), Points(8, 2)
+        self.order, self.workers = order, workers
 
     def train(self) -> DataLoader:
-        more = {"generator": self.generator, "num_workers": self.workers}
-        return DataLoader(self.training, 4, shuffle=True, **more)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(5) if self.order == "generator" else None
+        sampler = (
+            EpochSampler(len(self.training))
+            if self.order == "sampler"
+            else RandomSampler(self.training, generator=generator)
+        )
+        return DataLoader(
+            self.training,
+            4,
+            sampler=sampler,
+            generator=generator,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+        )
 
     def validation(self) -> DataLoader:
         return DataLoader(self.checking, 4)

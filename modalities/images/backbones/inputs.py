@@ -1,0 +1,57 @@
+"""What a token backbone is asked for, checked: the library, image and patch size, bands, depths."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from shared.errors import RequestError
+
+
+def library(name: str) -> Any:
+    """An optional library of the ``images`` extra, imported when first used."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise RequestError(
+            f"{name} cannot be imported ({error}); install it: pip install 'omniadapt[images]'"
+        ) from error
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of an error message: the names of ``known`` closest to ``word``."""
+    close = difflib.get_close_matches(word, list(known), n=4, cutoff=0.5)
+    return f"; nearest: {', '.join(close)}" if close else ""
+
+
+def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    """(height, width) of a size given as one number or two, in pixels."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise RequestError(f"image size {height} x {width}: both sides must be at least 1 pixel")
+    return height, width
+
+
+def check_multiple(name: str, size: tuple[int, int], patch: tuple[int, int]) -> None:
+    """Raise where a side of an image is no multiple of the patch, naming the nearest sizes that are."""
+    for side, pixels, step in zip(("height", "width"), size, patch, strict=True):
+        if pixels % step:
+            below, above = pixels // step * step, (pixels // step + 1) * step
+            sizes = f"{below} and {above} are" if below else f"{above} is"
+            raise RequestError(f"{name}: image {side} {pixels} is no multiple of its patch of {step} pixels; {sizes}")
+
+
+def check_image(name: str, image: Tensor, bands: int) -> None:
+    """Raise where a batch of images has not the shape (B, bands, H, W)."""
+    if image.ndim != 4 or image.shape[1] != bands:
+        raise RequestError(f"{name}: images must be (batch, {bands} bands, height, width), got {tuple(image.shape)}")
+
+
+def evenly_spaced(total: int, count: int = 4) -> tuple[int, ...]:
+    """``count`` depths (0-based) at equal steps through ``total`` blocks, the last included; all of fewer blocks."""
+    count = min(count, total)
+    return tuple(round((i + 1) * total / count) - 1 for i in range(count))
