@@ -9,7 +9,7 @@ the section starts empty: settings of one class never leak into another.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,9 +44,7 @@ class Recipe:
         return self.tree["seed"]
 
     def build(self, section: str, *wired: Any) -> Any:
-        """The section's object, None where it is absent. wired: the arguments that come from the rest of the run."""
-        if section not in self.sections:
-            return None
+        """The section's object. wired: the arguments that come from the rest of the run."""
         chosen = self.sections[section]
         try:
             return chosen.entry.load()(*wired, **chosen.arguments)
@@ -55,7 +53,7 @@ class Recipe:
             raise RequestError(f"{self.source}: {where}{error}") from error
 
     def outline(self) -> SimpleNamespace:
-        """The data's ``bands`` and ``classes`` as its settings state them, so that nothing needs to be read.
+        """The data's ``bands`` and ``classes`` as its settings or its class state them, so that nothing is read.
 
         Raises RequestError where a setting is left for the files to tell.
         """
@@ -63,13 +61,14 @@ class Recipe:
 
         kind, given = self.sections["data"].entry.load(), self.sections["data"].arguments
         defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
-        bands = given.get("bands") or given.get("band_names") or defaults.get("bands")
-        classes = given.get("classes") or getattr(kind, "classes", None)
-        if not bands or not classes:
-            raise RequestError(
-                f"{self.source}: data.{'classes' if bands else 'bands'}: state them, the files are not read here"
-            )
-        return SimpleNamespace(bands=len(bands), classes=tuple(classes))
+        known: dict[str, Any] = {}
+        for key, others in (("bands", ("band_names",)), ("classes", ())):
+            sources = [given.get(name) or defaults.get(name) for name in (key, *others)]
+            known[key] = next((v for v in (*sources, getattr(kind, key, None)) if isinstance(v, (int, Sequence))), None)
+            if known[key] is None:
+                raise RequestError(f"{self.source}: data.{key}: state them, the files are not read for this")
+        bands = known["bands"] if isinstance(known["bands"], int) else len(known["bands"])
+        return SimpleNamespace(bands=bands, classes=tuple(known["classes"]))
 
     def replaced(self, **sections: Mapping[str, Any]) -> Recipe:
         """The same recipe with other settings, checked again; the rule for a changed ``type`` holds here too."""

@@ -72,7 +72,7 @@ def build(recipe: Recipe, data: Any) -> Adapted:
     seed(recipe.seed)
     backbone = recipe.build("backbone", data.bands)
     seed(recipe.seed)
-    head = recipe.build("head", backbone.channels, len(data.classes))
+    head = recipe.build("head", backbone.channels, len(data.classes)) if "head" in recipe.sections else None
     seed(recipe.seed)
     return adapt(backbone, recipe.build("method"), head=head)
 

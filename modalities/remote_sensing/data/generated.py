@@ -80,6 +80,8 @@ class GeneratedScenes(Scenes):
     the folder.
     """
 
+    classes = CLASSES
+
     def __init__(
         self,
         *,
