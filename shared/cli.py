@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return _say("interrupted", 130)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # what Lightning makes of Ctrl-C
+            return _say("interrupted (--resume goes on from the last check)", 130)
+        raise
     except BrokenPipeError:  # the reader of our output has gone; nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -141,8 +147,9 @@ def _list(asked: argparse.Namespace) -> None:
         print(json.dumps(rows))
         return
     width = max((len(row["name"]) for row in rows), default=0)
+    room = shutil.get_terminal_size().columns - width - 2 if sys.stdout.isatty() else sys.maxsize
     for row in rows:
-        print(f"{row['name']:<{width}}  {row['summary']}")
+        print(f"{row['name']:<{width}}  {textwrap.shorten(row['summary'], max(room, 20), placeholder=' …')}")
 
 
 def _rows(what: str) -> list[dict[str, str]]:

@@ -8,8 +8,9 @@ the section starts empty: settings of one class never leak into another.
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,33 +44,30 @@ class Recipe:
     def seed(self) -> int:
         return self.tree["seed"]
 
-    def build(self, section: str, *wired: Any) -> Any:
-        """The section's object, None where it is absent. wired: the arguments that come from the rest of the run."""
+    def build(self, section: str, **wired: Any) -> Any:
+        """The section's object, None where it is absent; its positional arguments are taken from ``wired`` by name."""
         if section not in self.sections:
             return None
         chosen = self.sections[section]
+        kind = chosen.entry.load()
+        wants = [p.name for p in inspect.signature(kind).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        if lacking := [name for name in wants if wired.get(name) is None]:
+            what = f"{chosen.entry.name} needs {lacking[0]}, which neither the data's settings nor the backbone state"
+            raise RequestError(f"{self.source}: {section}: {what}")
         try:
-            return chosen.entry.load()(*wired, **chosen.arguments)
+            return kind(*(wired[name] for name in wants), **chosen.arguments)
         except RequestError as error:
             where = "" if str(error).startswith(section) else f"{section}: "
             raise RequestError(f"{self.source}: {where}{error}") from error
 
     def outline(self) -> SimpleNamespace:
-        """The data's ``bands`` and ``classes`` as its settings state them, so that nothing needs to be read.
-
-        Raises RequestError where a setting is left for the files to tell.
-        """
-        import inspect
-
+        """The data's ``bands`` and ``classes`` as its settings or its class state them, None where only files tell."""
         kind, given = self.sections["data"].entry.load(), self.sections["data"].arguments
         defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
-        bands = given.get("bands") or given.get("band_names") or defaults.get("bands")
+        bands = given.get("bands") or given.get("band_names") or defaults.get("bands") or getattr(kind, "bands", None)
         classes = given.get("classes") or getattr(kind, "classes", None)
-        if not bands or not classes:
-            raise RequestError(
-                f"{self.source}: data.{'classes' if bands else 'bands'}: state them, the files are not read here"
-            )
-        return SimpleNamespace(bands=len(bands), classes=tuple(classes))
+        count = bands if isinstance(bands, int) else len(bands) if isinstance(bands, Sequence) else None
+        return SimpleNamespace(bands=count, classes=tuple(classes) if isinstance(classes, Sequence) else None)
 
     def replaced(self, **sections: Mapping[str, Any]) -> Recipe:
         """The same recipe with other settings, checked again; the rule for a changed ``type`` holds here too."""

@@ -46,7 +46,7 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, data: Any = None)
         source = getattr(model.backbone, "source", "as built")
         _log.info("data %s", json.dumps(described))
         _log.info("parameters %s", json.dumps(parameters))
-        task = recipe.build("task", model, data, recipe.build("optimiser"))
+        task = recipe.build("task", model=model, data=data, optimiser=recipe.build("optimiser"))
         seed(recipe.seed)
         results = fit(task, data, recipe.build("trainer"), output, resume=resume)
         _log.info("test %s", json.dumps(results["test"]))
@@ -70,9 +70,10 @@ def build(recipe: Recipe, data: Any) -> Adapted:
     from shared.adapted import adapt
 
     seed(recipe.seed)
-    backbone = recipe.build("backbone", data.bands)
+    backbone = recipe.build("backbone", bands=data.bands)
     seed(recipe.seed)
-    head = recipe.build("head", backbone.channels, len(data.classes))
+    classes = getattr(data, "classes", None)
+    head = recipe.build("head", channels=getattr(backbone, "channels", None), classes=classes and len(classes))
     seed(recipe.seed)
     return adapt(backbone, recipe.build("method"), head=head)
 

@@ -76,18 +76,20 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
     data: an object whose ``train()``, ``validation()`` and ``test()`` give torch loaders.
 
     Writes ``metrics.csv``, ``checkpoints/last.ckpt`` and ``checkpoints/best.ckpt`` below ``output``. An interrupted run
-    goes on, with ``resume``, from its last check, and gives what it would have given uninterrupted.
+    goes on, with ``resume``, from its last check (from the start where there was none), and gives what it would have
+    given uninterrupted.
 
     Returns ``test`` (the task's results in its best state), ``best`` (monitor, value, epoch, step), ``epochs``,
     ``steps`` and ``cost``: ``step_seconds`` (median), ``train_seconds``, ``peak_memory_bytes`` (of the GPU's tensors;
     of the process elsewhere). The model holds its best state afterwards.
 
-    Raises RequestError where there is nothing to resume, a run to overwrite, or no data; WorkError where the loss is
-    not finite or a trainable tensor gets no gradient.
+    Raises RequestError where there is a run to overwrite, or no data; WorkError where the loss is not finite or a
+    trainable tensor gets no gradient.
     """
     from shared.training.callbacks import Checkpoints, Cost, End, Feed, Order
     from shared.training.log import MetricsFile
 
+    _available(engine)
     folder = Path(output) / "checkpoints"
     state = _state(folder / "last.ckpt", resume)
     loaders = {split: getattr(data, split)() for split in ("train", "validation", "test")}
@@ -114,10 +116,8 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
 
 
 def _state(last: Path, resume: bool) -> dict[str, Any] | None:
-    """The checkpoint to go on from."""
-    if resume:
-        if not last.exists():
-            raise RequestError(f"{last}: no checkpoint to resume from; run without resume")
+    """The checkpoint to go on from; None to start: a run that was killed before its first check has none."""
+    if resume and last.exists():
         return _read(last)
     if last.exists():
         raise RequestError(f"{last} exists: resume that run, or choose another output directory")
@@ -154,7 +154,6 @@ def _optional(engine: Engine, monitor: str) -> Iterator[Any]:
 def _trainer(engine: Engine, batches: int, total: int, log: Any, callbacks: list[Any]) -> Trainer:
     from lightning.pytorch import Trainer
 
-    _available(engine)
     return Trainer(
         accelerator=engine.device,
         devices=engine.devices,

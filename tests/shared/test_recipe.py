@@ -69,7 +69,10 @@ def test_a_changed_type_starts_the_section_empty(written):
 
 def test_all_problems_are_told_at_once(written):
     message = problem(
-        written(GOOD.replace("rank: 4", "rnak: 4, rank: '16', dropout: .nan")), "sead=1", "data.type=Generated", "seed=x"
+        written(GOOD.replace("rank: 4", "rnak: 4, rank: '16', dropout: .nan")),
+        "sead=1",
+        "data.type=Generated",
+        "seed=x",
     )
     head, *lines = message.splitlines()
     assert head.endswith("r.yaml: 6 problems")
@@ -112,7 +115,7 @@ def test_files_need_not_exist_where_they_are_not_read(written):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("task:\n  type: [", "bad YAML at line 3, column 1: "),
+        ("task:\n  type: [", "bad YAML at line 2, column 10: "),
         ("task: {type: A}\nseed: 1\nseed: 2\n", "bad YAML at line 3, column 1: key 'seed' is given twice"),
         ("task: !!python/object:os.system {}", "bad YAML at line 1, column 7: could not determine a constructor"),
         ("- a\n", "a recipe is a mapping of sections, got list"),
@@ -141,7 +144,9 @@ def test_an_override_that_is_no_yaml(written):
 
 
 def test_unknown_recipes_and_tiny_without_a_section(written):
-    assert "no recipe 'quickstrat': neither a file nor one of the project's; nearest: 'quickstart'" in problem("quickstrat")
+    assert "no recipe 'quickstrat': neither a file nor one of the project's; nearest: 'quickstart'" in problem(
+        "quickstrat"
+    )
     assert "it has no 'tiny' section" in problem(written(GOOD.replace("tiny:", "seed: 1 #")), tiny=True)
 
 

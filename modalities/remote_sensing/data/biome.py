@@ -30,6 +30,8 @@ class LandsatBiome(FolderScenes):
     The other arguments are those of ``FolderScenes``.
     """
 
+    classes = CLASSES
+
     def __init__(
         self,
         *,

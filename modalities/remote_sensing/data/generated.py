@@ -37,12 +37,12 @@ class Scene(NamedTuple):
 
 def generate(seed: int, index: int, size: int, bands: Sequence[str] = BANDS) -> Scene:
     """Scene ``index`` of the world ``seed``, ``size`` x ``size`` pixels of 30 m; the same whenever it is asked for."""
-    from scipy.ndimage import gaussian_filter
-
     random, name = np.random.default_rng([seed, index]), _name(index)
     sun = draw_sun(random)
     ground = landscape(random, size, BIOMES[name.split("_")[1]])
     sky = look(random, ground, sun, draw_clouds(random, size, sun))
+    from scipy.ndimage import gaussian_filter
+
     image = np.concatenate([sky.optical, sky.cirrus[None], sky.thermal[None]]).astype(np.float32)
     image[:7] *= random.normal(1, 0.015, (7, 1, 1)).astype(np.float32)  # the sensor's gain and offset, scene by scene
     image[:6] += random.normal(0, 0.002, (6, 1, 1)).astype(np.float32)
@@ -79,6 +79,8 @@ class GeneratedScenes(Scenes):
     and kept in memory, 4 bytes for each band of each pixel; for more than memory holds, ``write`` them once and read
     the folder.
     """
+
+    classes = CLASSES
 
     def __init__(
         self,

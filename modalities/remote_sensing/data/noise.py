@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from shared.errors import RequestError
+
 
 def fractal(
     random: np.random.Generator,
@@ -20,7 +22,10 @@ def fractal(
     largest: wavelength in pixels above which the power grows no more (the whole field if not given).
     stretch, angle: elongation of the structures, and its direction in radians from the row axis.
     """
-    from scipy import fft
+    try:
+        from scipy import fft
+    except ImportError as error:
+        raise RequestError("generated scenes need scipy: pip install 'omniadapt[remote-sensing]'") from error
 
     rows, columns = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]
     along = rows * np.cos(angle) + columns * np.sin(angle)

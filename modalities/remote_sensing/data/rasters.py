@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shared.errors import RequestError
+from shared.errors import RequestError, WorkError
 
 # A file is decoded as what its name says and as nothing else (a .png that is a virtual raster stays closed).
 _DRIVERS = {".tif": "GTiff", ".tiff": "GTiff", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -104,6 +104,8 @@ def read_image(
             raise RequestError(f"{path}: no band {missing[0]}; it has bands 1 to {header.bands}")
         if "palette" in header.band_names:
             raise RequestError(f"{path}: an image of palette indices has no spectral bands; convert it to RGB")
+        if header.dtype.startswith("complex"):
+            raise RequestError(f"{path}: holds complex numbers; store amplitude and phase, or both parts, as bands")
         where = _inside(header, window)
         stored, declared = _read(source, numbers, where, header.alpha)
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, hence invalid
@@ -142,7 +144,10 @@ def write_raster(
     band_names: Sequence[str] | None = None,
     nodata: float | None = None,
 ) -> None:
-    """Write (bands, H, W) as a deflated GeoTIFF: to a temporary name beside ``path``, renamed when whole."""
+    """Write (bands, H, W) as a deflated GeoTIFF: to a temporary name beside ``path``, renamed when whole.
+
+    Raises WorkError where it cannot be written; then ``path`` is as it was.
+    """
     path, (bands, height, width) = Path(path), image.shape
     place = {} if georeference is None else {"crs": georeference.crs, "transform": georeference.transform}
     profile = {"driver": "GTiff", "count": bands, "height": height, "width": width, "dtype": image.dtype, **place}
@@ -155,6 +160,8 @@ def write_raster(
             dataset.write(image)
             dataset.descriptions = tuple(band_names) if band_names else (None,) * bands
         os.replace(temporary, path)
+    except OSError as error:  # which rasterio's own errors are
+        raise WorkError(f"{path}: cannot be written ({_reason(error)})") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -266,6 +266,7 @@ def test_everything_ignored_in_training_leaves_a_finite_run(tmp_path: Path) -> N
         ({"image": torch.zeros(4, 32, 32)}, r"samples .*images \(\d, 4, 32, 32\) and masks .* do not fit 3 bands"),
         ({"mask": torch.zeros(16, 16, dtype=torch.int64)}, r"masks \(\d, 16, 16\) do not fit"),
         ({"mask": torch.full((32, 32), 3)}, r"samples tile\d.*: mask value 3; this data set has 0 to 2 and 255"),
+        ({"image": torch.zeros(3, 32, 32).double()}, "images are torch.float64, the model computes in torch.float32"),
         ({"image": torch.full((3, 32, 32), float("inf"))}, "samples tile.*holds NaN or infinity"),
     ],
 )

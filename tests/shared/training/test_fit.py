@@ -71,7 +71,14 @@ def test_cost_is_measured(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("order", "workers", "accumulate"),
-    [("shuffled", 0, 1), ("shuffled", 0, 2), ("generator", 0, 1), ("sampler", 0, 1), ("generator", 1, 1), ("sampler", 1, 1)],
+    [
+        ("shuffled", 0, 1),
+        ("shuffled", 0, 2),
+        ("generator", 0, 1),
+        ("sampler", 0, 1),
+        ("generator", 1, 1),
+        ("sampler", 1, 1),
+    ],
 )
 def test_resumed_is_as_if_never_interrupted(tmp_path: Path, order: str, workers: int, accumulate: int) -> None:
     engine = Engine(epochs=4, accumulate=accumulate)
@@ -170,9 +177,18 @@ def test_checkpoints_hold_only_what_trains(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["best.ckpt", "last.ckpt"]
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    whole = fit(line(), Data(), Engine(epochs=2), tmp_path / "whole")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "metrics.csv").write_text("step,epoch,train/loss\n0,0,0.5\n")
+    torch.manual_seed(1)
+    again = fit(line(), Data(), Engine(epochs=2), tmp_path / "cut", resume=True)
+    assert again["test"] == whole["test"]
+    assert (tmp_path / "cut/metrics.csv").read_text() == (tmp_path / "whole/metrics.csv").read_text()
+
+
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="no checkpoint to resume from"):
-        fit(line(), Data(), Engine(epochs=1), tmp_path, resume=True)
     with pytest.raises(RequestError, match="was not measured; validation gave validation/loss"):
         fit(line(), Data(), Engine(epochs=1, monitor="validation/miou"), tmp_path / "monitor")
     with pytest.raises(RequestError, match="the train split has no batch"):
@@ -260,7 +276,7 @@ def test_precisions(tmp_path: Path, precision: str) -> None:
     assert found["best"]["value"] < 6  # of about 10 at the start
 
 
-def test_engine_says_what_is_wrong() -> None:
+def test_engine_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="either epochs or steps"):
         Engine()
     with pytest.raises(RequestError, match="either epochs or steps"):
@@ -268,4 +284,5 @@ def test_engine_says_what_is_wrong() -> None:
     with pytest.raises(RequestError, match=r"trainer.patience 0"):
         Engine(epochs=1, patience=0)
     with pytest.raises(RequestError, match="16-mixed"):
-        fit(line(), Data(), Engine(epochs=1, precision="16-mixed", device="cpu"), Path("nowhere"))
+        fit(line(), Data(), Engine(epochs=1, precision="16-mixed", device="cpu"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,5 +1,6 @@
 """Generated scenes: repeatable, each unlike the others, and with the physics that tells their classes apart."""
 
+import sys
 import time
 
 import numpy as np
@@ -200,3 +201,9 @@ def test_generated_scenes_are_what_a_task_is_fed():
 def test_impossible_requests_are_refused(change, reason):
     with pytest.raises(RequestError, match=reason):
         GeneratedScenes(**{"count": 5, "size": 32, **change})
+
+
+def test_without_scipy_the_way_out_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(RequestError, match=r"pip install 'omniadapt\[remote-sensing\]'"):
+        generate(0, 0, 32)

@@ -14,7 +14,7 @@ from modalities.remote_sensing.data.rasters import (
     read_mask,
     write_raster,
 )
-from shared.errors import RequestError
+from shared.errors import RequestError, WorkError
 
 HERE = Georeference(CRS.from_epsg(32633), Affine(30, 0, 500000, 0, -30, 5000000))
 
@@ -182,6 +182,8 @@ def test_bad_files_are_refused_with_their_name(tmp_path, save):
         read_mask(three)
     with pytest.raises(RequestError, match=r"half.tif: a mask holds whole.*holds 0.5"):
         read_mask(save(tmp_path / "half.tif", np.full((1, 4, 4), 0.5, np.float32)))
+    with pytest.raises(RequestError, match=r"radar.tif: holds complex"):
+        read_image(save(tmp_path / "radar.tif", np.ones((1, 4, 4), np.complex64)))
     with pytest.raises(RequestError, match="use 'HWC' or 'CHW'"):
         read_image(tmp_path / "cube.npy", layout="WHC")
 
@@ -196,10 +198,15 @@ def test_palette_indices_are_labels_and_no_image(tmp_path, save):
         read_image(path)
 
 
-def test_a_failed_write_leaves_nothing(tmp_path):
-    with pytest.raises(TypeError):
-        write_raster(tmp_path / "a.tif", np.zeros((1, 4, 4), dtype=object))
-    assert list(tmp_path.iterdir()) == []
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path, array = tmp_path / "a.tif", noise(2, "float32")
+    with pytest.raises(WorkError, match=r"absent/a.tif: cannot be written"):
+        write_raster(tmp_path / "absent" / "a.tif", array)
+    write_raster(path, array)
+    with pytest.raises(ValueError, match="description"):  # raised after the pixels are written
+        write_raster(path, array * 2, band_names=["red"])
+    assert list(tmp_path.iterdir()) == [path]
+    np.testing.assert_array_equal(read_image(path).image, array)
 
 
 def test_four_bytes_per_pixel_are_four_bands(tmp_path):
