@@ -20,8 +20,8 @@ PREFIX = "backbone.model."
 
 
 def export_weights(run: Path, weights: Path) -> int:
-    """Write the fully trained backbone of an adapter file as float16 under timm's names, with the run's recipe and
-    metrics in its header, and return the size in bytes.
+    """Write the fully trained backbone of an adapter file as float16 under timm's names, with the run's metrics in
+    its header, and return the size in bytes.
 
     Raises RequestError where the file holds no trained backbone, or a value that float16 cannot hold.
     """
@@ -34,7 +34,7 @@ def export_weights(run: Path, weights: Path) -> int:
     half = {name: tensor.half() for name, tensor in own.items()}
     if large := next((name for name, tensor in half.items() if not torch.isfinite(tensor).all()), None):
         raise RequestError(f"{run}: {large} has values beyond the range of float16")
-    facts = {key: header[key] for key in ("backbone", "metrics", "version")} | {"recipe": header["extra"].get("recipe")}
+    facts = {key: header[key] for key in ("backbone", "metrics")}
     content = save(half, {"format": "pt", "pretraining": json.dumps(facts)})
     store.write_atomically(weights, content)
     return len(content)

@@ -1,6 +1,6 @@
 """The linear probe on scenes: how well a logistic regression on frozen summaries tells a few classes apart.
 
-    python -m modalities.remote_sensing.scene_probe FOLDER [--weights FILE] [--train 7] [--seeds 10] [--size 160]
+    python -m modalities.remote_sensing.scene_probe FOLDER [--weights FILE] [--train 7] [--seeds 10] [--size 128]
 
 FOLDER holds one folder of JPEG or PNG photographs for each class. For each seed, ``--train`` photographs of a class,
 drawn at random, train the regression and the others test it; the table gives mean and standard deviation over seeds.
@@ -63,7 +63,7 @@ def _described(values: Tensor, bins: int) -> Tensor:
 
 
 def logistic_regression(
-    features: Tensor, labels: Tensor, classes: int, decay: float = 0.01
+    features: Tensor, labels: Tensor, classes: int, decay: float = 0.3
 ) -> Callable[[Tensor], Tensor]:
     """Fit on features (N, C), standardised by themselves, and give a function from features to class indices.
 
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", type=Path, help="other weights of AerialViT than the packaged ones")
     parser.add_argument("--train", type=int, default=7, help="photographs of each class that train")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--size", type=int, default=160, help="pixels a side that the backbone sees")
+    parser.add_argument("--size", type=int, default=128, help="pixels a side that the backbone sees")
     given = parser.parse_args(arguments)
     try:
         photographs, labels, classes = read_scenes(given.folder)

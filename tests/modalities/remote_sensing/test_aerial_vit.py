@@ -52,7 +52,7 @@ def test_eight_equal_bands_are_seen_as_the_mean_of_three():
     band = torch.randn(1, 1, 32, 32)
     kernel = rgb.model.patch_embed.proj.weight
     expected = kernel[:, [0, 1, 2, 0, 1, 2, 0, 1]].sum(1) * 3 / 8
-    assert torch.allclose(eight.model.patch_embed.proj.weight.sum(1), expected, atol=1e-5)
+    assert torch.allclose(eight.model.patch_embed.proj.weight.sum(1), expected, atol=1e-3)
     with torch.no_grad():
         assert torch.isfinite(eight(band.expand(-1, 8, -1, -1)).summary).all()
 
@@ -78,11 +78,11 @@ def test_on_real_scenes_it_is_far_above_random_weights_and_colours(materials):
     photographs, labels, classes = read_scenes(materials / "data" / "scene_rsscn7")
     assert (len(labels), len(classes)) == (70, 7)
     ours, random = (
-        probe(summaries(AerialViT(3, weights=weights), photographs, 160, MEAN, STD), labels, seeds=10).mean()  # type: ignore[arg-type]
+        probe(summaries(AerialViT(3, weights=weights), photographs, 128, MEAN, STD), labels, seeds=10).mean()  # type: ignore[arg-type]
         for weights in ("pretrained", "random")
     )
     colours = probe(colour_features(photographs), labels, seeds=10).mean()
-    assert ours > FLOOR
+    assert ours > 0.66
     assert ours > random + 0.1
     assert ours > colours + 0.1
 
@@ -100,8 +100,12 @@ def test_logistic_regression_separates_what_is_separable_and_shrinks():
     features = torch.randn(90, 5)
     labels = torch.arange(3).repeat(30)
     features[:, 2] += 8.0 * labels
-    predict = logistic_regression(features[:60], labels[:60], 3)
-    assert (predict(features[60:]) == labels[60:]).float().mean() > 0.9
+    right = [
+        (logistic_regression(features[:60], labels[:60], 3, decay)(features[60:]) == labels[60:]).float().mean()
+        for decay in (1e-4, 1.0)
+    ]
+    assert right[0] > 0.9
+    assert right[1] < right[0]  # the class in the middle needs large weights
 
 
 def test_the_probe_of_noise_is_chance_and_of_the_label_is_perfect():
