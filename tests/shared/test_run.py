@@ -95,7 +95,7 @@ def test_the_adapter_file_rebuilds_the_model_that_was_tested(done, small):
     data = small.build("data")
     model = run.build(small, data)
     model.load(folder / "adapter.safetensors")
-    task = small.build("task", model, data, small.build("optimiser"))
+    task = small.build("task", model=model, data=data, optimiser=small.build("optimiser"))
     for batch in data.test():
         task.validation_step(batch, 0)
         task.eval()
