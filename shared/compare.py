@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -64,9 +65,9 @@ def _recipes(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int]) -> li
     if not methods:
         raise RequestError("compare: name at least one method, such as --methods probe,lora")
     names = [catalog.find(name, "method").name for name in methods]
-    for values in (names, list(seeds)):
-        if twice := [value for value in values if values.count(value) > 1]:
-            raise RequestError(f"compare: {twice[0]} is named twice")
+    for value, times in Counter([*names, *seeds]).items():
+        if times > 1:
+            raise RequestError(f"compare: {value} is named twice")
     return [(name, recipe.replaced(method={"type": name}, seed=seed)) for name in names for seed in seeds]
 
 
