@@ -62,8 +62,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return asked
 
 
-def _parser() -> argparse.ArgumentParser:
-    debug = argparse.ArgumentParser(add_help=False)
+def _parser() -> _Parser:
+    debug = _Parser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     parser = _Parser(
         prog="omniadapt",
@@ -72,18 +72,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
 
-    def add(name: str, what: str, *options: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def add(name: str, what: str, *options: _Parser) -> _Parser:
         command = commands.add_parser(name, help=what, description=what, parents=[debug, *options], allow_abbrev=False)
         command.set_defaults(command=globals()[f"_{name}"])
         return command
 
-    recipe = argparse.ArgumentParser(add_help=False)
+    recipe = _Parser(add_help=False)
     recipe.add_argument("recipe", metavar="RECIPE", help="a recipe file, or a name that 'list recipes' shows")
     recipe.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change, such as method.rank=16")
     recipe.add_argument("--tiny", action="store_true", help="the recipe's small trial settings")
-    output = argparse.ArgumentParser(add_help=False)
+    output = _Parser(add_help=False)
     output.add_argument("--output", metavar="DIR", type=Path, help="where to write (default: below runs/)")
-    as_json = argparse.ArgumentParser(add_help=False)
+    as_json = _Parser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print JSON")
 
     run = add("run", "Train what a recipe describes and write a run directory.", recipe, output)

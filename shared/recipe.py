@@ -69,7 +69,7 @@ class Recipe:
         count = bands if isinstance(bands, int) else len(bands) if isinstance(bands, Sequence) else None
         return SimpleNamespace(bands=count, classes=tuple(classes) if isinstance(classes, Sequence) else None)
 
-    def replaced(self, **sections: Mapping[str, Any]) -> Recipe:
+    def replaced(self, **sections: Any) -> Recipe:
         """The same recipe with other settings, checked again; the rule for a changed ``type`` holds here too."""
         return check(merge(self.tree, sections), self.name, self.source)
 

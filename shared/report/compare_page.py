@@ -31,7 +31,8 @@ def write_compare_page(folder: Path, recipe: Recipe, rows: Sequence[Row], found:
     """Write ``report.html`` and return its path."""
     first = next(iter(found.values()))[0]
     score = score_of(first)
-    points = {row.method: (row.trainable, row.scores[score] or 0.0, row.spreads[score]) for row in rows}
+    values = [(row, row.scores[score]) for row in rows]
+    points = {row.method: (row.trainable, value, row.spreads[score]) for row, value in values if value is not None}
     chart = plots.scatter(points, "trainable parameters", spelled(score))
     seeds = rows[0].seeds
     runs = {

@@ -95,7 +95,7 @@ def test_the_adapter_file_rebuilds_the_model_that_was_tested(done, small):
     data = small.build("data")
     model = run.build(small, data)
     model.load(folder / "adapter.safetensors")
-    task = small.build("task", model, data, small.build("optimiser"))
+    task = small.build("task", model=model, data=data, optimiser=small.build("optimiser"))
     for batch in data.test():
         task.validation_step(batch, 0)
         task.eval()
@@ -141,7 +141,7 @@ def test_resuming_a_finished_run_changes_nothing(small, tmp_path):
 
 def test_another_seed_gives_other_weights_and_the_same_seed_the_same(small):
     def weights(one):
-        return run.build(one, small.outline()).head.classify.weight
+        return run.build(one, small.outline()).trainable()["head.classify.weight"]
 
     assert torch.equal(weights(small), weights(small))
     assert not torch.equal(weights(small), weights(small.replaced(seed=1)))
@@ -153,6 +153,14 @@ def test_a_failure_is_logged(small, tmp_path):
     assert "stopped: WorkError: " in (tmp_path / "log.txt").read_text()
     assert not (tmp_path / "report.html").exists()
     assert not (tmp_path / "adapter.safetensors").exists()
+
+
+def test_a_wrong_request_leaves_no_directory(small, tmp_path):
+    with pytest.raises(RequestError, match="trainer: give either epochs or steps"):
+        run.run(small.replaced(trainer={"steps": 3}), tmp_path / "a")
+    with pytest.raises(RequestError, match="resample"):
+        run.run(small.replaced(method={"type": "ResAdapter"}), tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
 
 
 class TestDirectory:
