@@ -72,7 +72,11 @@ def build(recipe: Recipe, data: Any) -> Adapted:
     classes = getattr(data, "classes", None)
     head = recipe.build("head", channels=getattr(backbone, "channels", None), classes=classes and len(classes))
     seed(recipe.seed)
-    return adapt(backbone, recipe.build("method"), head=head)
+    method = recipe.build("method")
+    try:
+        return adapt(backbone, method, head=head)
+    except RequestError as error:
+        raise RequestError(f"{recipe.source}: method {type(method).__name__}: {error}") from error
 
 
 def count(recipe: Recipe) -> dict[str, int]:

@@ -14,6 +14,7 @@ from shared.report.terminal import print_table
 if TYPE_CHECKING:
     from shared.compare import Row
 
+_MEASURED = "Step: the median. Peak memory: of the whole process, or of the GPU's tensors where a GPU trains."
 Found = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
@@ -48,7 +49,7 @@ def write_compare_page(folder: Path, recipe: Recipe, rows: Sequence[Row], found:
         ),
         random_note(first),
         page.section("Test split", page.table(*_scores(rows, first))),
-        page.section("Size and cost", page.table(*_costs(rows))),
+        page.section("Size and cost", page.table(*_costs(rows)), page.lead(_MEASURED)),
         page.section("Score against size", page.figures({f"{spelled(score)} of the test split": chart})),
         page.section("Runs", page.links(runs)),
         page.section("Recipe", page.code(recipe.text())),
