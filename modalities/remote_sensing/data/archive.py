@@ -96,7 +96,8 @@ class _Photographs:
 class PhotographArchive(_Photographs):
     """A tar archive of square JPEG or PNG photographs of one size, ``<class>/<name>``.
 
-    archive: the file.  leave_out: a regular expression; members whose name it is found in are not read at all, so
+    archive: the file.  classes: names of its folders, in the order of the index; those found, sorted, if not given.
+    leave_out: a regular expression; members whose name it is found in are not read at all, so
     that what another data set tests on is never trained on. It is an error if it fits none.
     size: pixels a side of a crop.  smallest: least share of the area that a crop takes.  colour: strength of the
     colour changes, 0 for none.  validation, test: fractions of the photographs, drawn by ``seed``.
@@ -109,6 +110,7 @@ class PhotographArchive(_Photographs):
         self,
         *,
         archive: Path,
+        classes: Sequence[str] | None = None,
         leave_out: str | None = None,
         size: int = 96,
         smallest: float = 0.25,
@@ -120,7 +122,9 @@ class PhotographArchive(_Photographs):
     ):
         photographs, names, self.left_out = _read(Path(archive), leave_out)
         kinds = [name.rpartition("/")[0] for name in names]
-        classes = sorted(set(kinds))
+        classes = sorted(set(kinds)) if classes is None else list(classes)
+        if sorted(classes) != sorted(set(kinds)):
+            raise RequestError(f"classes {classes}: {archive} has the folders {sorted(set(kinds))}")
         labels = torch.tensor([classes.index(kind) for kind in kinds])
         super().__init__(
             photographs, labels, names, classes, size=size, smallest=smallest, colour=colour, validation=validation,

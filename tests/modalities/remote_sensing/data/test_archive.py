@@ -54,6 +54,11 @@ def test_reads_what_is_not_left_out(tmp_path, photographs):
         assert green == pytest.approx(10 * int(name[-6:-4]), abs=6)
 
 
+def test_stated_classes_set_the_index(tmp_path, photographs):
+    data = PhotographArchive(archive=archive(tmp_path / "a.tar", photographs), classes=["b blue", "a red"])
+    assert [data.classes[label] for label in data.labels] == [name.partition("/")[0] for name in data.names]
+
+
 def test_splits_are_disjoint_whole_and_drawn_by_the_seed(tmp_path, photographs):
     path = archive(tmp_path / "a.tar", photographs)
     one, same, other = (PhotographArchive(archive=path, size=16, batch_size=4, seed=seed) for seed in (0, 0, 1))
@@ -90,6 +95,7 @@ def test_batches_are_normalised_and_the_evaluated_ones_fixed(tmp_path, photograp
         ({}, {"leave_out": "nothing"}, "leave_out 'nothing' fits none of the 20 photographs"),
         ({}, {"leave_out": "jpg"}, "no photograph is left to read"),
         ({}, {"leave_out": "("}, "not a regular expression"),
+        ({}, {"classes": ["a red", "c"]}, r"classes \['a red', 'c'\]: .*a\.tar has the folders \['a red', 'b blue'\]"),
         ({}, {"size": 0}, "size 0"),
         ({}, {"smallest": 0.0}, "smallest 0.0"),
         ({}, {"validation": 1.5}, "validation 1.5"),
