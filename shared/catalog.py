@@ -152,7 +152,8 @@ def _read(path: Path) -> _Module:
         if isinstance(node, ast.ClassDef):
             functions = {n.name: n for n in node.body if isinstance(n, ast.FunctionDef)}
             bases = [ast.unparse(base).partition("[")[0].rpartition(".")[2] for base in node.bases]
-            doc = ast.get_docstring(node) or ""
+            docs = [ast.get_docstring(n) for n in (node, functions.get("__init__")) if n is not None]
+            doc = "\n\n".join(filter(None, docs))
             init = functions.get("__init__")
             wired = init is not None and len(init.args.args) > 1
             arguments, passes_on = _constructor(node, init)

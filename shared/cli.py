@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return _say("interrupted", 130)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # what Lightning makes of Ctrl-C
+            return _say("interrupted (--resume goes on from the last check)", 130)
+        raise
     except BrokenPipeError:  # the reader of our output has gone; nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -56,8 +62,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return asked
 
 
-def _parser() -> argparse.ArgumentParser:
-    debug = argparse.ArgumentParser(add_help=False)
+def _parser() -> _Parser:
+    debug = _Parser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     parser = _Parser(
         prog="omniadapt",
@@ -66,18 +72,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
 
-    def add(name: str, what: str, *options: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def add(name: str, what: str, *options: _Parser) -> _Parser:
         command = commands.add_parser(name, help=what, description=what, parents=[debug, *options], allow_abbrev=False)
         command.set_defaults(command=globals()[f"_{name}"])
         return command
 
-    recipe = argparse.ArgumentParser(add_help=False)
+    recipe = _Parser(add_help=False)
     recipe.add_argument("recipe", metavar="RECIPE", help="a recipe file, or a name that 'list recipes' shows")
     recipe.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change, such as method.rank=16")
     recipe.add_argument("--tiny", action="store_true", help="the recipe's small trial settings")
-    output = argparse.ArgumentParser(add_help=False)
+    output = _Parser(add_help=False)
     output.add_argument("--output", metavar="DIR", type=Path, help="where to write (default: below runs/)")
-    as_json = argparse.ArgumentParser(add_help=False)
+    as_json = _Parser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print JSON")
 
     run = add("run", "Train what a recipe describes and write a run directory.", recipe, output)
@@ -162,8 +168,9 @@ def _list(asked: argparse.Namespace) -> None:
         print(json.dumps(rows))
         return
     width = max((len(row["name"]) for row in rows), default=0)
+    room = shutil.get_terminal_size().columns - width - 2 if sys.stdout.isatty() else sys.maxsize
     for row in rows:
-        print(f"{row['name']:<{width}}  {row['summary']}")
+        print(f"{row['name']:<{width}}  {textwrap.shorten(row['summary'], max(room, 20), placeholder=' …')}")
 
 
 def _rows(what: str) -> list[dict[str, str]]:
@@ -207,7 +214,9 @@ def _inspect(asked: argparse.Namespace) -> None:
 
 
 def _spell(values: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in values.items())
+    return ", ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()
+    )
 
 
 def _size(tensor: dict[str, Any]) -> int:

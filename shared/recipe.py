@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,17 +57,19 @@ class Recipe:
         try:
             return kind(*(wired[name] for name in wants), **chosen.arguments)
         except RequestError as error:
-            raise RequestError(f"{self.source}: {section}: {error}") from error
+            where = "" if str(error).startswith(section) else f"{section}: "
+            raise RequestError(f"{self.source}: {where}{error}") from error
 
     def outline(self) -> SimpleNamespace:
-        """The data's ``bands`` and ``classes`` as its settings state them, None where only its files tell."""
+        """The data's ``bands`` and ``classes`` as its settings or its class state them, None where only files tell."""
         kind, given = self.sections["data"].entry.load(), self.sections["data"].arguments
         defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
-        bands = given.get("bands") or given.get("band_names") or defaults.get("bands")
+        bands = given.get("bands") or given.get("band_names") or defaults.get("bands") or getattr(kind, "bands", None)
         classes = given.get("classes") or getattr(kind, "classes", None)
-        return SimpleNamespace(bands=len(bands) if bands else None, classes=tuple(classes) if classes else None)
+        count = bands if isinstance(bands, int) else len(bands) if isinstance(bands, Sequence) else None
+        return SimpleNamespace(bands=count, classes=tuple(classes) if isinstance(classes, Sequence) else None)
 
-    def replaced(self, **sections: Mapping[str, Any]) -> Recipe:
+    def replaced(self, **sections: Any) -> Recipe:
         """The same recipe with other settings, checked again; the rule for a changed ``type`` holds here too."""
         return check(merge(self.tree, sections), self.name, self.source)
 

@@ -57,7 +57,8 @@ def spelled(name: str) -> str:
 def chosen(found: Mapping[str, Any]) -> str:
     """Which state was tested."""
     best = found["best"]
-    return f"Tested: the state of epoch {best['epoch']}, step {best['step']:,}, with the best {spelled(best['monitor'])}, {best['value']:.4f}."
+    where, value = f"epoch {best['epoch']}, step {best['step']:,}", f"{spelled(best['monitor'])} {best['value']:.4f}"
+    return f"Tested: the state after {where}, which was best with a {value}."
 
 
 def number(value: float | None) -> str:

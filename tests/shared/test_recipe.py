@@ -115,7 +115,7 @@ def test_files_need_not_exist_where_they_are_not_read(written):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("task:\n  type: [", "bad YAML at line 3, column 1: "),
+        ("task:\n  type: [", "bad YAML at line 2, column 10: "),
         ("task: {type: A}\nseed: 1\nseed: 2\n", "bad YAML at line 3, column 1: key 'seed' is given twice"),
         ("task: !!python/object:os.system {}", "bad YAML at line 1, column 7: could not determine a constructor"),
         ("- a\n", "a recipe is a mapping of sections, got list"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from modalities.images.backbones import TimmViT
 from torch import Tensor
 
+from modalities.images.backbones import TimmViT
 from modalities.remote_sensing.cloud_adapter import CloudAdapter, Interact, SpatialPerception, load_official
 from shared import RequestError, adapt, store, trainable
 from shared.adapted import Adapted
