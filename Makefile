@@ -21,7 +21,7 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: install
 	@for script in $(wildcard tests/benchmarks/[a-z]*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -193,7 +193,9 @@ def _inspect(asked: argparse.Namespace) -> None:
 
 
 def _spell(values: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in values.items())
+    return ", ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()
+    )
 
 
 def _size(tensor: dict[str, Any]) -> int:

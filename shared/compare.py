@@ -39,7 +39,8 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], output
     methods: names of classes, or their slugs; a method other than the recipe's own runs with its defaults. Runs go to
     ``<output>/<method>/seed_<n>``. Everything is checked before the first run starts.
     """
-    from shared.report.compare_page import print_comparison, write_compare_page
+    from shared.report.compare_page import print_comparison, score_of, write_compare_page
+    from shared.report.run_page import number, spelled
     from shared.run import directory, run
 
     recipes = _recipes(recipe, methods, seeds or [recipe.seed])
@@ -52,6 +53,8 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], output
         _forget_peak()
         result = run(one, output / method / f"seed_{one.seed}", data=data)
         found.setdefault(method, []).append(result)
+        score, seconds = score_of(result), result["cost"]["train_seconds"]
+        print(f"  {spelled(score)} {number(result['test'][score])} after {seconds:.0f} s of training", flush=True)
     rows = [_row(method, results) for method, results in found.items()]
     write_atomically(output / "compare.json", json.dumps([row._asdict() for row in rows], indent=1).encode())
     page = write_compare_page(output, recipe, rows, found)

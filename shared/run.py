@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.errors import RequestError
+from shared.errors import RequestError, WorkError
 from shared.recipe import Recipe
 from shared.store import write_atomically
 
@@ -36,29 +36,26 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, data: Any = None)
     from shared.report.run_page import write_run_page
     from shared.training.engine import fit
 
+    # Everything is built and all data read once before the directory exists: a wrong request leaves nothing behind.
+    data = recipe.build("data") if data is None else data
+    model, engine = build(recipe, data), recipe.build("trainer")
+    task = recipe.build("task", model=model, data=data, optimiser=recipe.build("optimiser"))
+    described, parameters = data.describe(), model.count()
+
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / RECIPE, recipe.text().encode())
     with _logged(output / LOG):
         _log.info("recipe %s (%s), seed %d%s", recipe.name, recipe.source, recipe.seed, ", resumed" if resume else "")
-        data = recipe.build("data") if data is None else data
-        model = build(recipe, data)
-        described, parameters = data.describe(), model.count()
-        source = getattr(model.backbone, "source", "as built")
         _log.info("data %s", json.dumps(described))
         _log.info("parameters %s", json.dumps(parameters))
-        task = recipe.build("task", model=model, data=data, optimiser=recipe.build("optimiser"))
         seed(recipe.seed)
-        results = fit(task, data, recipe.build("trainer"), output, resume=resume)
+        results = fit(task, data, engine, output, resume=resume)
         _log.info("test %s", json.dumps(results["test"]))
 
         extra = {"recipe": recipe.tree, "data": described}
         model.save(output / ADAPTER, metrics=scalars(results["test"]), extra=extra)
         found = {**results, "seed": recipe.seed, "parameters": parameters, "data": described, "versions": versions()}
-        found |= {
-            "backbone": f"{model.backbone_name}, weights: {source}",
-            "random_backbone": source.startswith("random"),
-        }
-        found["file_bytes"] = (output / ADAPTER).stat().st_size
+        found |= weights(model) | {"file_bytes": (output / ADAPTER).stat().st_size}
         write_atomically(output / METRICS, json.dumps(found, indent=1).encode())
         write_run_page(output, recipe, found, task.pictures(data))
         _log.info("done: %s", output / PAGE)
@@ -75,7 +72,11 @@ def build(recipe: Recipe, data: Any) -> Adapted:
     classes = getattr(data, "classes", None)
     head = recipe.build("head", channels=getattr(backbone, "channels", None), classes=classes and len(classes))
     seed(recipe.seed)
-    return adapt(backbone, recipe.build("method"), head=head)
+    method = recipe.build("method")
+    try:
+        return adapt(backbone, method, head=head)
+    except RequestError as error:
+        raise RequestError(f"{recipe.source}: method {type(method).__name__}: {error}") from error
 
 
 def count(recipe: Recipe) -> dict[str, int]:
@@ -96,6 +97,12 @@ def seed(number: int) -> None:
     random.seed(number)
     np.random.seed(number)
     torch.manual_seed(number)
+
+
+def weights(model: Adapted) -> dict[str, Any]:
+    """The backbone with the source of its weights, and whether they were never trained."""
+    source = getattr(model.backbone, "source", "as built")
+    return {"backbone": f"{model.backbone_name}, weights: {source}", "random_backbone": source.startswith("random")}
 
 
 def scalars(results: dict[str, Any]) -> dict[str, float]:
@@ -163,21 +170,25 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def _logged(path: Path) -> Iterator[None]:
-    """Within it, our and Lightning's messages and warnings also go to ``path``, and so does a failure."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    loggers = [_log, logging.getLogger("lightning.pytorch"), logging.getLogger("py.warnings")]
+    """Within it, our and Lightning's messages and all warnings also go to ``path``, and so does a failure."""
+    file, terminal = logging.FileHandler(path, encoding="utf-8"), logging.StreamHandler()
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    warned = logging.getLogger("py.warnings")
+    pairs = [(_log, file), (logging.getLogger("lightning.pytorch"), file), (warned, file), (warned, terminal)]
     before = _log.level
     _log.setLevel(logging.INFO)
-    for logger in loggers:
+    for logger, handler in pairs:
         logger.addHandler(handler)
+    logging.captureWarnings(True)
     try:
         yield
     except BaseException as error:
-        _log.error("stopped: %s: %s", type(error).__name__, error)
+        known = isinstance(error, (RequestError, WorkError, KeyboardInterrupt, SystemExit))
+        _log.error("stopped: %s: %s", type(error).__name__, error, exc_info=not known)
         raise
     finally:
+        logging.captureWarnings(False)
         _log.setLevel(before)
-        for logger in loggers:
+        for logger, handler in pairs:
             logger.removeHandler(handler)
-        handler.close()
+        file.close()

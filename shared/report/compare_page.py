@@ -14,6 +14,7 @@ from shared.report.terminal import print_table
 if TYPE_CHECKING:
     from shared.compare import Row
 
+_MEASURED = "Step: the median. Peak memory: of the whole process, or of the GPU's tensors where a GPU trains."
 Found = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
@@ -31,7 +32,8 @@ def write_compare_page(folder: Path, recipe: Recipe, rows: Sequence[Row], found:
     """Write ``report.html`` and return its path."""
     first = next(iter(found.values()))[0]
     score = score_of(first)
-    points = {row.method: (row.trainable, row.scores[score] or 0.0, row.spreads[score]) for row in rows}
+    values = [(row, row.scores[score]) for row in rows]
+    points = {row.method: (row.trainable, value, row.spreads[score]) for row, value in values if value is not None}
     chart = plots.scatter(points, "trainable parameters", spelled(score))
     seeds = rows[0].seeds
     runs = {
@@ -47,7 +49,7 @@ def write_compare_page(folder: Path, recipe: Recipe, rows: Sequence[Row], found:
         ),
         random_note(first),
         page.section("Test split", page.table(*_scores(rows, first))),
-        page.section("Size and cost", page.table(*_costs(rows))),
+        page.section("Size and cost", page.table(*_costs(rows)), page.lead(_MEASURED)),
         page.section("Score against size", page.figures({f"{spelled(score)} of the test split": chart})),
         page.section("Runs", page.links(runs)),
         page.section("Recipe", page.code(recipe.text())),

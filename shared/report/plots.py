@@ -88,7 +88,7 @@ def _cycle(count: int) -> list[str]:
 def _axes(x: str, y: str = "") -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+    figure = Figure(figsize=(4.4, 2.8), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)

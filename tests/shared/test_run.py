@@ -155,6 +155,14 @@ def test_a_failure_is_logged(small, tmp_path):
     assert not (tmp_path / "adapter.safetensors").exists()
 
 
+def test_a_wrong_request_leaves_no_directory(small, tmp_path):
+    with pytest.raises(RequestError, match="trainer: give either epochs or steps"):
+        run.run(small.replaced(trainer={"steps": 3}), tmp_path / "a")
+    with pytest.raises(RequestError, match="resample"):
+        run.run(small.replaced(method={"type": "ResAdapter"}), tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
 class TestDirectory:
     @pytest.fixture(autouse=True)
     def _here(self, tmp_path, monkeypatch):
