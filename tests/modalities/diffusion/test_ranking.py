@@ -4,7 +4,8 @@ Losses for seeds 0, 1, 2 of the base:
     at 64 pixels   frozen 0.192 0.187 0.151   ResAdapter 0.078 0.071 0.075   LoRA on the attention 0.139 0.167 0.131
     at 16 pixels   frozen 0.368 0.347 0.377   ResAdapter 0.327 0.321 0.316   LoRA on the attention 0.361 0.346 0.371
     at 32 pixels   frozen 0.054 0.041 0.053   ResAdapter 0.075 0.064 0.070   LoRA on the attention 0.069 0.045 0.060
-So at the size it knows the UNet gives up a little more with ResAdapter than with that LoRA, which changes less anywhere.
+So at the size it knows the UNet gives up a little more with ResAdapter than with that LoRA, which changes less
+anywhere.
 """
 
 from __future__ import annotations
