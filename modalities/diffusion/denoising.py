@@ -104,9 +104,8 @@ class Denoising(Task):
         batches, rows = data.test().dataset, []
         half = torch.tensor([self.schedule.config.num_train_timesteps // 2], device=self.device)
         for index in sorted({0, len(batches) // 2, len(batches) - 1}):
-            batch: dict[str, Any] = {
-                k: v[:1].to(self.device) if isinstance(v, Tensor) else v[:1] for k, v in batches[index].items()
-            }
+            batch: dict[str, Any] = {key: value[:1] for key, value in batches[index].items()}
+            batch["image"] = batch["image"].to(self.device)
             x = self.encode(batch["image"])
             noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(index)).to(x)
             noisy = self.schedule.add_noise(x, noise, half)

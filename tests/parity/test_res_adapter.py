@@ -30,9 +30,10 @@ def case(
         wide = {"down": (rank, *site.weight.shape[1:]), "up": (site.width, rank, 1, 1), "value": site.weight.shape}
         value = torch.tensor(alpha) if part == "alpha" else 0.3 * torch.randn(wide[part], generator=generator)
         adapted["norm" if part == "value" else "lora"][key] = value
-    given = {"sample": torch.randn(2, 4, 8, 16, generator=generator), "timestep": torch.tensor([7.0])} | backbone.blank(
-        2
-    )
+    given: dict[str, Any] = {
+        "sample": torch.randn(2, 4, 8, 16, generator=generator),
+        "timestep": torch.tensor([7.0]),
+    } | backbone.blank(2)
     given |= given.pop("added_cond_kwargs", {})
     outputs = {
         "base": _output(unet, given),
