@@ -89,10 +89,10 @@ def partial(
 
 def clear(target: Path) -> None:
     """Remove the partial result of a finished target, which only a kill at the last moment leaves."""
-    if (strips := _folder(target) / "strips").is_file():
-        with open(strips, "a+b") as file:
+    if (folder := _folder(target)).is_dir():
+        with open(folder / "strips", "a+b") as file:
             _lock(file, target)
-            shutil.rmtree(_folder(target))
+            shutil.rmtree(folder)
 
 
 def _folder(target: Path) -> Path:
