@@ -19,6 +19,8 @@ LISTS = {"methods": "method", "backbones": "backbone", "data": "data", "heads": 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted."""
+    # Threads that wait sleep: spinning ones make small models many times slower wherever something else is running.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         asked = _parse(arguments)

@@ -42,8 +42,6 @@ class _ManySizes:
     workers: int = 0
 
     bands: ClassVar[int] = 3
-    band_names: ClassVar[tuple[str, ...]] = ("red", "green", "blue")
-    classes: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         self.sizes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -92,7 +93,28 @@ class Denoising(Task):
         sums, counts = self.errors.compute().tolist()
         self.errors.reset()
         each = {f"loss/{w}x{h}": s / n for (h, w), s, n in zip(self.sizes, sums, counts, strict=True) if n}
-        return {"loss": sum(sums) / sum(counts) if sum(counts) else None, **each}
+        return {"loss": sum(sums) / sum(counts), **each}
+
+    @torch.no_grad()
+    def pictures(self, data: Any) -> Any:
+        """A test image at the smallest, a middle and the largest size: as it is, half noised, denoised at once."""
+        from shared.report.plots import Pictures
+
+        self.eval()
+        batches, rows = data.test().dataset, []
+        half = torch.tensor([self.schedule.config.num_train_timesteps // 2], device=self.device)
+        for index in sorted({0, len(batches) // 2, len(batches) - 1}):
+            batch: dict[str, Any] = {key: value[:1] for key, value in batches[index].items()}
+            batch["image"] = batch["image"].to(self.device)
+            x = self.encode(batch["image"])
+            noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(index)).to(x)
+            noisy = self.schedule.add_noise(x, noise, half)
+            said = self.model(noisy, half, **self.condition(batch, batch["caption"])).sample
+            clean = self.schedule.step(said, half.item(), noisy).pred_original_sample
+            shown = {"image": batch["image"], "noisy": self.decode(noisy), "denoised": self.decode(clean)}
+            height, width = batch["image"].shape[2:]
+            rows.append((f"{width} x {height}: {batch['caption'][0]}", {k: _pixels(v[0]) for k, v in shown.items()}))
+        return Pictures(rows, {})
 
     def _errors(self, x: Tensor, noise: Tensor, steps: Tensor, condition: dict[str, Any]) -> Tensor:
         """The mean squared error of each sample (B,): of the noise, or of the velocity where the schedule says so."""
@@ -105,13 +127,23 @@ class Denoising(Task):
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """image (B, 3, H, W) to latents (B, C, H / f, W / f): drawn in training, their mode in evaluation."""
+        # Contiguous: on a CPU, torch crashes in the backward of a trained norm over a channels-last input without one.
         if self.pipeline is None:
-            return image
+            return image.contiguous()
         vae = self._frozen().vae
         found = vae.encode(image.to(vae.dtype)).latent_dist
         latents = found.sample() if self.training else found.mode()
         shift = getattr(vae.config, "shift_factor", None) or 0.0
-        return ((latents - shift) * vae.config.scaling_factor).to(image.dtype)
+        return ((latents - shift) * vae.config.scaling_factor).to(image.dtype).contiguous()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The image (B, 3, H, W) of latents (B, C, H / f, W / f)."""
+        if self.pipeline is None:
+            return latents
+        vae = self._frozen().vae
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        return vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample
 
     @torch.no_grad()
     def condition(self, batch: dict[str, Any], captions: list[str]) -> dict[str, Any]:
@@ -137,6 +169,11 @@ class Denoising(Task):
         if pipeline.vae.device != self.device:
             pipeline.to(self.device)
         return pipeline
+
+
+def _pixels(image: Tensor) -> np.ndarray:
+    """(3, H, W) in -1 to 1 as uint8 (H, W, 3)."""
+    return ((image.float().cpu().clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
 
 
 class ErrorBySize(Metric):
@@ -177,4 +214,4 @@ def _schedule(pipeline: Any) -> Any:
 
     if pipeline is not None:
         return DDPMScheduler.from_config(pipeline.scheduler.config)
-    return DDPMScheduler(1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    return DDPMScheduler(1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)

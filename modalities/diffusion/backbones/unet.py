@@ -144,8 +144,6 @@ class DiffusersUNet(Backbone):
     Raises RequestError where the config is unknown or refused by diffusers, or the pretrained UNet has another one.
     """
 
-    channels: tuple[int, ...] = ()  # no feature maps for a head
-
     def __init__(
         self,
         bands: int | None = None,

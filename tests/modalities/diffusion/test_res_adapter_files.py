@@ -93,7 +93,7 @@ def test_a_released_folder_loads_saves_back_the_same_and_comes_off_without_a_tra
     for file in (LORA_FILES[0], NORM_FILES[0]):
         assert bits(load_file(tmp_path / "again" / file)) == bits(load_file(released / folder / file))
     model.merge()
-    assert digest(unet) != before
+    assert torch.equal(unet.state_dict()["mid_block.resnets.1.norm2.weight"], stored.to(new.dtype))
     model.remove("res_adapter")
     assert digest(unet) == before
 
