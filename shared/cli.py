@@ -101,7 +101,7 @@ def _parser() -> _Parser:
     )
     predict.add_argument("--as", dest="kind", choices=("classes", "probabilities", "polygons"), help="what to write")
     predict.add_argument("--window", metavar="N", type=int, help="pixels a side (default: as trained)")
-    predict.add_argument("--overlap", metavar="N", type=int, help="pixels neighbours share (default: a quarter window)")
+    predict.add_argument("--overlap", metavar="N", type=int, help="pixels neighbours share (default: half a window)")
     predict.add_argument("--bands", metavar="N,N", type=_numbers, help="which bands to read, whatever their names")
     predict.add_argument("--overwrite", action="store_true", help="replace what is there")
     add("count", "Count a recipe's parameters without loading weights or data.", recipe, as_json)

@@ -30,7 +30,7 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for command in ("run", "compare", "count", "list", "show", "inspect"):
+    for command in ("run", "compare", "predict", "count", "list", "show", "inspect"):
         assert f"    {command} " in text
 
 

@@ -55,15 +55,17 @@ class Blender:
         before = sum(len(p.windows) for p in self.grid.panels[:number]) * len(rows.starts)
         buffer = np.zeros((self.classes, rows.window, extent), np.float32)
         # Bands that reach into the first strip wanted are run again, so that its sums hold the same terms.
-        for band in range(rows.touching(rows.starts[first], rows.end(first))[0], len(rows.starts)):
+        for band in range(rows.touching(*rows.completed(first))[0], len(rows.starts)):
             valid = np.zeros((rows.window, extent), bool)
             tick(before + band * len(panel.windows))
             self._band(band, panel, buffer, valid)
-            height = rows.end(band) - rows.starts[band]
+            start, (top, bottom) = rows.starts[band], rows.completed(band)
             if band >= first:
-                yield Strip(buffer[:, :height, inside], valid[:height, inside])
-            buffer[:, : rows.window - height] = buffer[:, height:]
-            buffer[:, rows.window - height :] = 0
+                yield Strip(
+                    buffer[:, top - start : bottom - start, inside], valid[top - start : bottom - start, inside]
+                )
+            buffer[:, : rows.window - bottom + start] = buffer[:, bottom - start :]
+            buffer[:, rows.window - bottom + start :] = 0
 
     def _band(self, band: int, panel: Panel, buffer: np.ndarray, valid: np.ndarray) -> None:
         """Add the scores of one band of windows to ``buffer`` and note which of its pixels are valid."""
@@ -71,40 +73,41 @@ class Blender:
         origin = columns.starts[panel.windows[0]]
         for first in range(0, len(panel.windows), self.batch):
             group = panel.windows[first : first + self.batch]
-            starts = [columns.starts[index] for index in group]
-            images, seen = self._read(rows.starts[band], starts)
-            at = starts[0] - origin
-            valid[: len(seen), at : at + seen.shape[1]] = seen
+            lefts = [columns.starts[index] - columns.starts[group[0]] for index in group]
+            image, seen = self._read(rows.starts[band], columns.starts[group[0]], lefts[-1] + columns.window)
+            at = columns.starts[group[0]] - origin
+            valid[:, at : at + seen.shape[1]] = seen
             # A window without a valid pixel has nothing to tell.
-            kept = [i for i, s in enumerate(starts) if seen[:, s - starts[0] : s - starts[0] + columns.window].any()]
-            for i, scores in zip(kept, self._scores(images, starts, kept), strict=True):
+            kept = [i for i, left in enumerate(lefts) if seen[:, left : left + columns.window].any()]
+            for i, scores in zip(kept, self._scores(image, [lefts[i] for i in kept]), strict=True):
                 weight = rows.weights[band][:, None] * columns.weights[group[i]]
-                left = starts[i] - origin
-                buffer[:, :, left : left + columns.window] += scores * weight
+                buffer[:, :, at + lefts[i] : at + lefts[i] + columns.window] += scores * weight
 
-    def _read(self, row: int, starts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The normalised pixels under some windows of a band, and which are valid."""
-        rows, columns = self.grid.rows, self.grid.columns
-        height = min(rows.window, rows.length)
-        width = min(starts[-1] - starts[0] + columns.window, columns.length)
-        image, valid, _ = self.image.read(Window(row, starts[0], height, width))
+    def _read(self, row: int, column: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """The normalised pixels (bands, window, width) from ``row`` and ``column`` on, and which of them are pixels of
+        the raster and valid. Beyond its edges the raster is continued by its mirror image."""
+        height, header = self.grid.rows.window, self.image.header
+        top, left = max(row, 0), max(column, 0)
+        bottom, right = min(row + height, header.height), min(column + width, header.width)
+        image, valid, _ = self.image.read(Window(top, left, bottom - top, right - left))
         image = self.normalisation.apply(image, valid)
-        below, right = rows.window - height, max(columns.window - width, 0)
-        if below or right:  # a raster smaller than a window is continued by its mirror image
-            image = np.pad(image, ((0, 0), (0, below), (0, right)), mode="reflect")
+        beyond = (top - row, row + height - bottom), (left - column, column + width - right)
+        if any(map(any, beyond)):
+            image, valid = np.pad(image, ((0, 0), *beyond), mode="reflect"), np.pad(valid, beyond)
         return image, valid
 
-    def _scores(self, image: np.ndarray, starts: Sequence[int], kept: Sequence[int]) -> list[np.ndarray]:
-        if not kept:
+    def _scores(self, image: np.ndarray, lefts: Sequence[int]) -> list[np.ndarray]:
+        """The model's scores (classes, window, window) for the windows that begin at these columns of ``image``."""
+        if not lefts:
             return []
         size = self.grid.columns.window
-        windows = np.stack([image[:, :, starts[i] - starts[0] :][:, :, :size] for i in kept])
+        windows = np.stack([image[:, :, left : left + size] for left in lefts])
         scores = self.scores(torch.from_numpy(windows)).float().cpu().numpy()
-        if scores.shape != (len(kept), self.classes, size, size):
+        if scores.shape != (len(lefts), self.classes, size, size):
             raise WorkError(
                 f"the model gives scores of shape {scores.shape} for {self.classes} classes at {size} pixels"
             )
         if not np.isfinite(scores).all():
-            where = f"{self.image.header.path}, columns {starts[0]} to {starts[-1] + size}"
-            raise WorkError(f"{where}: the class scores are not finite; the weights hold NaN or the values overflow")
+            path = self.image.header.path
+            raise WorkError(f"{path}: the class scores are not finite; the weights hold NaN or the values overflow")
         return list(scores)

@@ -52,9 +52,9 @@ class Strips:
     def _lengths(self) -> Iterator[int]:
         rows = self.grid.rows
         for panel in self.grid.panels:
-            for band, start in enumerate(rows.starts):
-                height, width = rows.end(band) - start, panel.right - panel.left
-                yield height * width * self.bands * self.dtype.itemsize
+            for band in range(len(rows.starts)):
+                top, bottom = rows.completed(band)
+                yield (bottom - top) * (panel.right - panel.left) * self.bands * self.dtype.itemsize
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def map_raster(
     output: "classes" (GeoTIFF, uint8, 255 without data), "probabilities" (GeoTIFF, float32, NaN without data; blended
         scores that sum to 1) or "polygons" (GeoJSON).
     window: pixels along a side (as trained if None).  overlap: pixels that neighbours share, at most half of the window
-        (a quarter of it if None); see ``windows.cut`` for how they blend.  batch: windows the model is given at once.
+        (half of it if None); see ``windows.cut`` for how they blend.  batch: windows the model is given at once.
     bands: numbers of the bands to read, where the file's own names or count would mislead (see ``Feed.numbers``).
     identity: JSON-able facts that tell the model from any other; a prediction that was cut off goes on only with equal
         ones, and a target that was made with them is left as it is unless ``overwrite``.

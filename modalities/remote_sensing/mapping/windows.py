@@ -17,8 +17,8 @@ BLOCK = 256  # pixels along the tiles of a written GeoTIFF; panels end at multip
 class Axis:
     """Windows along one axis of a raster.
 
-    starts: first pixels, ascending.  weights: float32 (windows, window), of each window along its pixels; over the
-    windows they sum to 1 at every pixel of the raster.
+    starts: first pixels, ascending; the first window begins outside, and the last ends there.  weights: float32
+    (windows, window), of each window along its pixels; over the windows they sum to 1 at every pixel of the raster.
     """
 
     length: int
@@ -26,9 +26,10 @@ class Axis:
     starts: tuple[int, ...]
     weights: np.ndarray
 
-    def end(self, index: int) -> int:
-        """The pixel before which window ``index`` is the last to start: what comes before it, it completes."""
-        return self.starts[index + 1] if index + 1 < len(self.starts) else self.length
+    def completed(self, index: int) -> tuple[int, int]:
+        """The pixels (from, up to) that are complete once window ``index`` is there, and were not before."""
+        last = index + 1 == len(self.starts)
+        return max(self.starts[index], 0), self.length if last else self.starts[index + 1]
 
     def touching(self, low: int, high: int) -> range:
         """Numbers of the windows that hold a pixel of ``low`` to ``high`` (exclusive)."""
@@ -37,24 +38,26 @@ class Axis:
 
 
 def cut(length: int, window: int, overlap: int) -> Axis:
-    """Windows that cover ``length`` pixels, neighbours sharing ``overlap`` and the last one, moved inside, more.
+    """Windows that cover ``length`` pixels and ``overlap // 4`` more at either end, where the raster is continued by
+    its mirror image. Neighbours share ``overlap`` pixels; the last one is moved inside and shares more.
 
-    The edges of the raster are always edges of windows, whatever their size. Where two windows overlap, the outer
-    quarter of each counts nothing and the middle half passes from one to the other along a squared sine. A pixel is
-    therefore told only by windows in which it lies at least ``overlap // 4`` pixels inside, or at the raster's edge:
-    a model that sees no further gives what it would give on the whole raster at once.
+    Where two windows overlap, the outer quarter of each counts nothing and the middle half passes from one to the other
+    along a squared sine. A pixel is therefore told only by windows in which it lies at least ``overlap // 4`` pixels
+    inside: of a model that sees no further, the result is the same whatever the windows.
     """
-    last = max(length - window, 0)
-    starts = (*range(0, last, window - overlap), last)
+    margin = overlap // 4
+    last = length + margin - window
+    # More than one window: the second begins inside, so that every one completes some pixels.
+    starts = (*range(-margin, last, window - overlap), max(last, 1)) if last > -margin else (-margin,)
     weights = np.ones((len(starts), window))
     rise = _rise(overlap)
     weights[1:, :overlap] *= rise
     weights[:-1, window - overlap :] *= rise[::-1]
-    total = np.zeros(max(length, window))
+    total = np.zeros(max(starts[-1] + window, length) + margin)
     for start, weight in zip(starts, weights, strict=True):
-        total[start : start + window] += weight
+        total[start + margin : start + margin + window] += weight
     for start, weight in zip(starts, weights, strict=True):
-        weight /= total[start : start + window]
+        weight /= total[start + margin : start + margin + window]
     return Axis(length, window, starts, weights.astype(np.float32))
 
 
@@ -95,12 +98,12 @@ class Grid:
 
 
 def grid(height: int, width: int, window: int, overlap: int | None, buffer: int) -> Grid:
-    """The windows of a raster. overlap: a quarter of a window if None.  buffer: pixels of a band of windows that may be
+    """The windows of a raster. overlap: half a window if None.  buffer: pixels of a band of windows that may be
     held at once, so that a panel is at most ``buffer / window`` pixels wide (and at least four blocks).
 
     Raises RequestError for an overlap that is no part of a window.
     """
-    overlap = window // 4 if overlap is None else overlap
+    overlap = window // 2 if overlap is None else overlap
     if window < 1 or not 0 <= overlap <= window // 2:
         raise RequestError(f"window {window} with overlap {overlap}: at least 1 pixel, sharing at most half of them")
     rows, columns = cut(height, window, overlap), cut(width, window, overlap)

@@ -20,32 +20,38 @@ def axes(draw) -> tuple[int, int, int]:
 @given(axes())
 def test_weights_add_up_to_one_at_every_pixel(axis):
     length, window, overlap = axis
-    found, total = cut(*axis), np.zeros(max(length, window))
+    found, margin, total = cut(*axis), overlap // 4, np.zeros(length + 4 * window)
     for start, weight in zip(found.starts, found.weights, strict=True):
-        total[start : start + window] += weight
-    np.testing.assert_allclose(total, 1, atol=1e-6)
+        total[start + margin : start + margin + window] += weight
+    np.testing.assert_allclose(total[margin : margin + length], 1, atol=1e-6)
     assert (found.weights >= 0).all()
     assert list(found.starts) == sorted(set(found.starts))
     assert all(b - a <= window - overlap for a, b in zip(found.starts, found.starts[1:], strict=False))
 
 
 @given(axes())
-def test_a_pixel_counts_only_well_inside_a_window_or_at_the_edge_of_the_raster(axis):
+def test_a_pixel_counts_only_where_it_lies_well_inside_a_window(axis):
     length, window, overlap = axis
     found, margin = cut(*axis), overlap // 4
-    for start, weight in zip(found.starts, found.weights, strict=True):
-        assert start == 0 or not weight[:margin].any()
-        assert start + window >= length or not weight[window - margin :].any()
-    assert found.starts[0] == 0
-    assert found.starts[-1] + window == max(length, window)
+    for index, (start, weight) in enumerate(zip(found.starts, found.weights, strict=True)):
+        assert index == 0 or not weight[:margin].any()
+        assert index + 1 == len(found.starts) or not weight[window - margin :].any()
+        low, high = found.completed(index)
+        assert start + margin <= low or index > 0
+        assert low < high
+    assert found.starts[0] == -margin
+    assert found.starts[-1] + window >= length + margin
+    assert [found.completed(i) for i in range(len(found.starts))][-1][1] == length
+    assert found.completed(0)[0] == 0
 
 
 def test_the_blend_of_two_windows_by_hand():
-    found = cut(20, 12, 4)  # the outer pixel of each counts nothing, the two between pass over
-    assert found.starts == (0, 8)
+    found = cut(18, 12, 4)  # the outer pixel of each counts nothing, the two between pass over
+    assert found.starts == (-1, 7)
     rise = np.sin(np.pi / 2 * np.array([0.25, 0.75])) ** 2
     np.testing.assert_allclose(found.weights[0], [*[1] * 9, *rise[::-1], 0], atol=1e-7)
     np.testing.assert_allclose(found.weights[1], [0, *rise, *[1] * 9], atol=1e-7)
+    assert (found.completed(0), found.completed(1)) == ((0, 7), (7, 18))
 
 
 def test_panels_cover_the_columns_in_whole_blocks():
