@@ -91,6 +91,17 @@ def _parser() -> _Parser:
     compare = add("compare", "Train a recipe with several methods and compare them.", recipe, output)
     compare.add_argument("--methods", required=True, type=_names, help="such as probe,lora,cloud_adapter,full")
     compare.add_argument("--seeds", type=_numbers, default=[], help="such as 0,1,2 (default: the recipe's)")
+    predict = add("predict", "Predict for files, such as rasters of any size, with a trained run.")
+    predict.add_argument("run", metavar="RUN", type=Path, help="the directory of a finished run")
+    predict.add_argument("inputs", metavar="INPUT", nargs="+", type=Path, help="files, and folders of files")
+    predict.add_argument(
+        "-o", "--output", metavar="OUT", type=Path, required=True, help="a file for one, else a folder"
+    )
+    predict.add_argument("--as", dest="kind", choices=("classes", "probabilities", "polygons"), help="what to write")
+    predict.add_argument("--window", metavar="N", type=int, help="pixels a side (default: as trained)")
+    predict.add_argument("--overlap", metavar="N", type=int, help="pixels neighbours share (default: a quarter window)")
+    predict.add_argument("--bands", metavar="N,N", type=_numbers, help="which bands to read, whatever their names")
+    predict.add_argument("--overwrite", action="store_true", help="replace what is there")
     add("count", "Count a recipe's parameters without loading weights or data.", recipe, as_json)
     add("list", "List what there is.", as_json).add_argument(
         "what", choices=LISTS, help=", ".join(LISTS), metavar="WHAT"
@@ -126,6 +137,16 @@ def _compare(asked: argparse.Namespace) -> None:
 
     chosen = recipe.load(asked.recipe, asked.overrides, tiny=asked.tiny)
     compare.compare(chosen, asked.methods, asked.seeds, asked.output)
+
+
+def _predict(asked: argparse.Namespace) -> None:
+    from shared import run
+
+    trained = run.load(asked.run)
+    options = {name: getattr(asked, name) for name in ("kind", "window", "overlap", "bands", "overwrite")}
+    trained.task.predict_files(
+        asked.inputs, asked.output, described=trained.described, identity=trained.identity, **options
+    )
 
 
 def _count(asked: argparse.Namespace) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shared.errors import RequestError, WorkError
 from shared.recipe import Recipe
@@ -60,6 +61,44 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, data: Any = None)
         write_run_page(output, recipe, found, task.pictures(data))
         _log.info("done: %s", output / PAGE)
     return found
+
+
+class Trained(NamedTuple):
+    """A finished run, ready to predict. task: with the trained model, in eval mode, on the GPU where there is one.
+    described: what its data said of themselves.  identity: facts that tell the model from any other."""
+
+    task: Any
+    described: dict[str, Any]
+    identity: dict[str, Any]
+
+
+def load(folder: Path) -> Trained:
+    """The trained model of a run directory, from its recipe and adapter file; the training data need not be there.
+
+    Raises RequestError where it is no directory of a finished run, or where the frozen weights are not those it was
+    trained on.
+    """
+    import hashlib
+
+    import torch
+
+    from shared import recipe as recipes
+    from shared.store import read_header
+
+    for name, what in ((RECIPE, "it is no run directory"), (ADAPTER, "the run has not finished")):
+        if not (folder / name).is_file():
+            raise RequestError(f"{folder}: {what}: it holds no {name}")
+    described = read_header(folder / ADAPTER)["extra"].get("data")
+    if not isinstance(described, dict):
+        raise RequestError(f"{folder / ADAPTER}: it does not say what data it was trained on")
+    chosen = recipes.load(str(folder / RECIPE), files=False)
+    data = SimpleNamespace(**{**described, "bands": len(described["band_names"])})
+    model = build(chosen, data)
+    model.load(folder / ADAPTER)
+    task = chosen.build("task", model=model, data=data, optimiser=chosen.build("optimiser")).eval()
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    digest = hashlib.sha256((folder / ADAPTER).read_bytes()).hexdigest()
+    return Trained(task.to(device), described, {"adapter": digest, "device": device})
 
 
 def build(recipe: Recipe, data: Any) -> Adapted:

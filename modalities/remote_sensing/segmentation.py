@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -83,6 +84,19 @@ class Segmentation(Task):
         if not torch.isfinite(scores).all():
             raise WorkError("the class scores are not finite: the image holds NaN, or the weights do")
         return scores.argmax(1)
+
+    def predict_files(
+        self, inputs: Sequence[Path], output: Path, *, described: Mapping[str, Any], identity: Mapping[str, Any],
+        **options: Any,
+    ) -> None:  # fmt: skip
+        """Map rasters of any size. options: those of ``mapping.files.map_files``, such as ``kind`` and ``window``."""
+        from modalities.remote_sensing.mapping import Feed
+        from modalities.remote_sensing.mapping.files import map_files
+
+        def scores(image: Tensor) -> Tensor:
+            return self.scores(image.to(self.device))
+
+        map_files(scores, Feed.of(described), inputs, output, identity=identity, **options)
 
     def pictures(self, data: Any, count: int = 4) -> Any:
         """Image, truth and prediction of ``count`` samples spread over the test split."""

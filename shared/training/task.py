@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 from shared.adapted import Adapted
-from shared.errors import WorkError
+from shared.errors import RequestError, WorkError
 from shared.training.optimiser import Optimiser
 
 
@@ -48,6 +49,16 @@ class Task(LightningModule):
     def pictures(self, data: Any) -> Any:
         """What a report shows of ``data`` (``shared.report.plots.Pictures``); None where a task has nothing to show."""
         return None
+
+    def predict_files(
+        self, inputs: Sequence[Path], output: Path, *, described: Mapping[str, Any], identity: Mapping[str, Any],
+        **options: Any,
+    ) -> None:  # fmt: skip
+        """Predict for files and write ``output``, a file or a folder.
+
+        described: what the data it was trained on said of themselves.  identity: what tells this model from others.
+        """
+        raise RequestError(f"{type(self).__name__} does not predict for files")
 
     # -- training --------------------------------------------------------------------------------------------------
 

@@ -133,6 +133,7 @@ class FolderSource:
         headers = [read_header(path, layout=layout) for path in self._images]
         self.sizes = [(header.height, header.width) for header in headers]
         numbers, self.band_names = _chosen(headers[0], bands, band_names)
+        self.file_bands = headers[0].band_names
         self.reading = {"bands": numbers, "layout": layout, "fill": fill}
         for header, mask in zip(headers, self._masks, strict=True):
             if header.bands != headers[0].bands:

@@ -140,7 +140,7 @@ class GeneratedSource:
             raise RequestError(f"count {count} and size {size}: at least 1 scene of at least 32 pixels")
         if not bands or len(set(bands)) < len(bands) or set(bands) - set(BANDS):
             raise RequestError(f"bands {list(bands)}: one or more out of {', '.join(BANDS)}, each once")
-        self.band_names, self._size, self._seed = bands, size, seed
+        self.band_names, self.file_bands, self._size, self._seed = bands, bands, size, seed
         self.names, self.sizes = [_name(index) for index in range(count)], [(size, size)] * count
         self.reading = {"bands": list(range(1, len(bands) + 1))}
         self._scenes: dict[int, Scene] = {}

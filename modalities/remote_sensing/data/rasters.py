@@ -83,6 +83,47 @@ def read_header(path: str | Path, *, layout: str | None = None) -> Header:
         return header
 
 
+class Image(NamedTuple):
+    """An open raster, read by window. numbers: of the bands read, from 1."""
+
+    header: Header
+    source: Any
+    numbers: list[int]
+    fill: float | None
+
+    def read(self, window: Window | None = None) -> Raster:
+        """A window, or all, as ``read_image`` gives it; it may hold no valid pixel."""
+        where = _inside(self.header, window)
+        stored, declared = _read(self.source, self.numbers, where, self.header.alpha)
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, hence invalid
+            image = np.array(stored, dtype=np.float32, order="C")
+        valid = declared & np.isfinite(image).all(0)
+        if self.fill is not None:
+            valid &= (stored != self.fill).any(0)
+        image[:, ~valid] = 0
+        return Raster(image, valid, _shifted(self.header.georeference, where))
+
+
+@contextmanager
+def open_image(
+    path: str | Path,
+    *,
+    bands: Sequence[int] | None = None,
+    layout: str | None = None,
+    fill: float | None = None,
+) -> Iterator[Image]:
+    """A raster held open for reading many windows; arguments and errors are those of ``read_image``."""
+    with _opened(Path(path), layout) as (header, source):
+        numbers = list(bands) if bands else header.data_bands
+        if missing := [n for n in numbers if not 1 <= n <= header.bands]:
+            raise RequestError(f"{path}: no band {missing[0]}; it has bands 1 to {header.bands}")
+        if "palette" in header.band_names:
+            raise RequestError(f"{path}: an image of palette indices has no spectral bands; convert it to RGB")
+        if header.dtype.startswith("complex"):
+            raise RequestError(f"{path}: holds complex numbers; store amplitude and phase, or both parts, as bands")
+        yield Image(header, source, numbers, fill)
+
+
 def read_image(
     path: str | Path,
     *,
@@ -98,25 +139,11 @@ def read_image(
     alpha band or the file's mask is 0, or where every band equals ``fill``. layout: "HWC" or "CHW" of a .npy file with
     three axes. Raises RequestError for a file that cannot be decoded, lacks a band, or holds no valid pixel at all.
     """
-    with _opened(Path(path), layout) as (header, source):
-        numbers = list(bands) if bands else header.data_bands
-        if missing := [n for n in numbers if not 1 <= n <= header.bands]:
-            raise RequestError(f"{path}: no band {missing[0]}; it has bands 1 to {header.bands}")
-        if "palette" in header.band_names:
-            raise RequestError(f"{path}: an image of palette indices has no spectral bands; convert it to RGB")
-        if header.dtype.startswith("complex"):
-            raise RequestError(f"{path}: holds complex numbers; store amplitude and phase, or both parts, as bands")
-        where = _inside(header, window)
-        stored, declared = _read(source, numbers, where, header.alpha)
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, hence invalid
-        image = np.array(stored, dtype=np.float32, order="C")
-    valid = declared & np.isfinite(image).all(0)
-    if fill is not None:
-        valid &= (stored != fill).any(0)
-    if not valid.any() and where == _inside(header, None):
+    with open_image(path, bands=bands, layout=layout, fill=fill) as image:
+        raster = image.read(window)
+    if not raster.valid.any() and raster.valid.shape == (image.header.height, image.header.width):
         raise RequestError(f"{path}: no valid pixel (all NaN, nodata or transparent); leave the file out or mend it")
-    image[:, ~valid] = 0
-    return Raster(image, valid, _shifted(header.georeference, where))
+    return raster
 
 
 def read_mask(path: str | Path, *, window: Window | None = None) -> Mask:
@@ -156,7 +183,7 @@ def write_raster(
     coding = {"compress": "deflate", "predictor": predictor, "photometric": "MINISBLACK", "nodata": nodata}
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tif")
     try:
-        with _quiet() as rasterio, rasterio.open(temporary, "w", **profile, **coding) as dataset:
+        with quiet() as rasterio, rasterio.open(temporary, "w", **profile, **coding) as dataset:
             dataset.write(image)
             dataset.descriptions = tuple(band_names) if band_names else (None,) * bands
         os.replace(temporary, path)
@@ -184,7 +211,7 @@ def _opened(path: Path, layout: str | None = None) -> Iterator[tuple[Header, Any
         yield Header(path, bands, height, width, str(array.dtype), _numbered(bands), None, None), array
         return
     driver = _DRIVERS[path.suffix.lower()]
-    with _quiet() as rasterio:
+    with quiet() as rasterio:
         from rasterio.errors import RasterioError
 
         try:
@@ -195,7 +222,7 @@ def _opened(path: Path, layout: str | None = None) -> Iterator[tuple[Header, Any
 
 
 @contextmanager
-def _quiet() -> Iterator[Any]:
+def quiet() -> Iterator[Any]:
     """rasterio, set to refuse truncated files and to say nothing of a raster without a place on Earth."""
     try:
         import rasterio

@@ -87,14 +87,17 @@ class Scenes:
         """What was read, as JSON: classes, bands, normalisation, and for each split its scenes, tiles and pixels.
 
         ``reading`` and ``normalisation`` are what it takes to feed a new file to a model trained on these:
-        ``read_image(path, **reading)``, then ``Normalisation(mean, std).apply``.
+        ``read_image(path, **reading)``, then ``Normalisation(mean, std).apply``. ``file_bands`` are all bands of a file
+        as it names them, and ``window`` the pixels along a side (the shorter one) of what a model sees at once.
         """
         return {
             "kind": type(self).__name__,
             "classes": list(self.classes),
             "band_names": list(self.band_names),
+            "file_bands": list(self._source.file_bands),
             "ignore_index": self.ignore_index,
             "tile": self.tile,
+            "window": self.tile or min(self._source.sizes[0]),
             "overlap": self.overlap,
             "augment": self.augment,
             "reading": self._source.reading,

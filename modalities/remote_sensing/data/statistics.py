@@ -18,12 +18,14 @@ class Source(Protocol):
     """Labelled rasters that can be read by window.
 
     names: one for each.  sizes: (height, width) of each.  band_names: of what ``read`` returns.
+    file_bands: of all bands of a file, as the file calls them.
     reading: the keyword arguments with which ``read_image`` reads a new file in the same way.
     """
 
     names: list[str]
     sizes: list[tuple[int, int]]
     band_names: tuple[str, ...]
+    file_bands: tuple[str, ...]
     reading: dict[str, Any]
 
     def read(self, index: int, window: Window) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,0 +1,128 @@
+"""Many rasters: files and folders mapped one after another, with a progress bar; a failure does not stop the rest."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from modalities.remote_sensing.data.rasters import SUFFIXES as READABLE
+from modalities.remote_sensing.data.rasters import read_header
+from modalities.remote_sensing.mapping.blending import Scores
+from modalities.remote_sensing.mapping.feed import Feed
+from modalities.remote_sensing.mapping.raster import SUFFIXES, Mapped, Tick, has_crs, map_raster
+from shared.errors import RequestError, WorkError
+
+
+def map_files(
+    scores: Scores, feed: Feed, inputs: Sequence[Path], output: Path, *, kind: str | None = None, **options: Any
+) -> list[Mapped]:
+    """Map every raster of ``inputs`` (files, and folders searched with their subfolders) and say what each became.
+
+    output: a file, for one raster; else a folder, which is made where it is missing and repeats the folders of the
+    inputs.  kind: the ``output`` of ``map_raster`` ("polygons" where ``output`` is a .geojson, else "classes").
+    options: further arguments of ``map_raster``.
+
+    Raises RequestError before anything is written where inputs and outputs do not fit together. A single raster raises
+    what ``map_raster`` does; of several, the others are mapped, and a WorkError in the end names those that failed.
+    """
+    kind = kind or ("polygons" if output.suffix.lower() in SUFFIXES["polygons"] else "classes")
+    pairs = targets(inputs, output, kind)
+    done, failed = [], []
+    with _progress(len(pairs)) as track:
+        for source, target in pairs:
+            try:
+                found = map_raster(scores, source, target, feed, output=kind, tick=track(source), **options)
+            except (RequestError, WorkError) as error:
+                if len(pairs) == 1:
+                    raise
+                print(f"omniadapt: {error}", file=sys.stderr)
+                failed.append(str(source))
+            else:
+                print(_said(found, has_crs(read_header(source, layout=feed.layout))))
+                done.append(found)
+    if failed:
+        raise WorkError(f"{len(failed)} of {len(pairs)} rasters failed: {', '.join(failed)}")
+    return done
+
+
+def targets(inputs: Sequence[Path], output: Path, kind: str) -> list[tuple[Path, Path]]:
+    """Each raster to read with the file to write. Raises RequestError where two share one or a raster is in the way."""
+    if kind not in SUFFIXES:
+        raise RequestError(f"output {kind!r}: use {', '.join(SUFFIXES)}")
+    if len(inputs) == 1 and not inputs[0].is_dir() and output.suffix and not output.is_dir():
+        return [(inputs[0], output)]
+    if output.suffix.lower() in (*SUFFIXES["classes"], *SUFFIXES["polygons"]) or output.is_file():
+        raise RequestError(f"{output}: several rasters are written to a folder; name one")
+    found: dict[Path, Path] = {}
+    for source, inside in (pair for path in inputs for pair in _rasters(path, output)):
+        target = output / inside.with_suffix(SUFFIXES[kind][0])
+        if found.setdefault(target, source) != source:
+            raise RequestError(f"{found[target]} and {source} would both become {target}; map them one by one")
+    for target in found:
+        if target.exists() and any(target.samefile(source) for source in found.values()):
+            raise RequestError(f"{target}: a result would overwrite an input; choose another folder")
+    return [(source, target) for target, source in found.items()]
+
+
+def _rasters(path: Path, output: Path) -> list[tuple[Path, Path]]:
+    """A file, or the rasters of a folder but for hidden ones and those of ``output``: with the place in the output."""
+    if not path.is_dir():
+        return [(path, Path(path.name))]
+    files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in READABLE and file.is_file()]
+    within = [(file, file.relative_to(path)) for file in files if not _inside(file, output)]
+    shown = [(file, inside) for file, inside in within if not any(part.startswith(".") for part in inside.parts)]
+    if not shown:
+        raise RequestError(f"{path}: holds no raster ({', '.join(READABLE)})")
+    return shown
+
+
+def _inside(file: Path, folder: Path) -> bool:
+    return folder.is_dir() and file.resolve().is_relative_to(folder.resolve())
+
+
+def _said(found: Mapped, placed: bool) -> str:
+    """One line about a finished raster."""
+    if found.pixels is None:
+        return f"{found.target}: done before"
+    total = found.height * found.width
+    parts = [f"{name} {count / total:.1%}" for name, count in found.pixels.items() if count]
+    parts += [f"no data {found.nodata / total:.1%}"] if found.nodata else []
+    notes = "; carried on from where it was cut off" if found.resumed else ""
+    if not placed:
+        notes += "; without a coordinate reference system, as its input"
+    return f"{found.target}: {found.width} x {found.height} pixels: {', '.join(parts)}{notes}"
+
+
+@contextmanager
+def _progress(count: int) -> Iterator[Callable[[Path], Tick]]:
+    """A bar for what is being done to a raster, with the time left of it, where there is a terminal."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    except ImportError as error:
+        raise RequestError("the progress bar needs rich: pip install 'omniadapt[run]'") from error
+
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    numbers = iter(range(1, count + 1))
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty()
+    ) as bar:
+        task = bar.add_task("")
+
+        def track(source: Path) -> Tick:
+            name, before = f"{next(numbers)}/{count} {source.name}", ""
+
+            def tick(stage: str, done: int, total: int) -> None:
+                nonlocal before
+                if stage != before:  # the time left is told from the work of now, not from what was there already
+                    bar.reset(task, description=f"{name}: {stage}", completed=done, total=total)
+                before = stage
+                bar.update(task, completed=done)
+
+            return tick
+
+        yield track

@@ -1,0 +1,187 @@
+"""Mapping: a model's prediction for one raster of any size, from file to file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from modalities.remote_sensing.data.rasters import Header, Image, open_image, quiet, read_header
+from modalities.remote_sensing.data.statistics import IGNORE
+from modalities.remote_sensing.mapping import geotiff, polygons
+from modalities.remote_sensing.mapping.blending import Blender, Scores, Strip
+from modalities.remote_sensing.mapping.feed import Feed
+from modalities.remote_sensing.mapping.partial import Strips, clear, partial
+from modalities.remote_sensing.mapping.windows import Grid, grid
+from shared.errors import RequestError
+
+# What can be written, and the file names it goes by.
+SUFFIXES = {"classes": (".tif", ".tiff"), "probabilities": (".tif", ".tiff"), "polygons": (".geojson", ".json")}
+BUFFER = 2**28  # bytes of blended scores held at once
+CACHE = 256  # megabytes of decoded blocks that GDAL may keep
+
+Tick = Callable[[str, int, int], None]
+
+
+class Mapped(NamedTuple):
+    """What became of one raster.
+
+    pixels: of each class; None where an earlier prediction had finished the target already.
+    nodata: pixels without data.  resumed: whether a prediction that was cut off went on.
+    """
+
+    target: Path
+    height: int
+    width: int
+    resumed: bool = False
+    pixels: dict[str, int] | None = None
+    nodata: int = 0
+
+
+def map_raster(
+    scores: Scores,
+    source: str | Path,
+    target: str | Path,
+    feed: Feed,
+    *,
+    output: str = "classes",
+    window: int | None = None,
+    overlap: int | None = None,
+    batch: int = 8,
+    bands: Sequence[int] | None = None,
+    overwrite: bool = False,
+    identity: Mapping[str, Any] | None = None,
+    tick: Tick | None = None,
+) -> Mapped:
+    """Predict every pixel of ``source`` and write ``target``, whole or not at all.
+
+    scores: normalised float32 images (B, bands, window, window) to class scores, at least 0, (B, classes, window,
+        window), the same for an image whatever the rest of the batch.
+    output: "classes" (GeoTIFF, uint8, 255 without data), "probabilities" (GeoTIFF, float32, NaN without data; blended
+        scores that sum to 1) or "polygons" (GeoJSON).
+    window: pixels along a side (the training tile's if None).  overlap: pixels that neighbours share, at most half
+        of the window (a quarter of it if None); see ``windows.cut`` for how they blend.
+    bands: numbers of the bands to read, where the file's own names or count would mislead (see ``Feed.numbers``).
+    identity: JSON-able facts that tell the model from any other; a prediction that was cut off goes on only with equal
+        ones, and a target that was made with them is left as it is unless ``overwrite``.
+    tick: called with what is being done ("predicting", "writing" or "tracing"), how much is done, and of how much.
+
+    Memory is bounded whatever the raster's size: by ``BUFFER`` of scores, ``CACHE`` of decoded blocks, a batch, and for
+    polygons all outlines. On disk, the uncompressed result lies beside the target until that is written.
+
+    A pixel that is invalid in any band the model reads has no data in the result. Raises RequestError for a source that
+    cannot be read or does not fit, holds no valid pixel or breaks off, and for a target that is an input or exists;
+    WorkError where the model's scores are not finite or the disk is full.
+    """
+    source, target = Path(source), Path(target)
+    header = read_header(source, layout=feed.layout)
+    _check(header, target, output)
+    numbers = feed.numbers(header, bands)
+    plan = grid(header.height, header.width, window or feed.window, overlap, BUFFER // (4 * len(feed.classes)))
+    settings = _settings(source, feed, output, numbers, plan, batch) | {"model": dict(identity or {})}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    if target.exists() and not overwrite:
+        if _digest(target, output) != digest:
+            raise RequestError(f"{target} exists and is another prediction or none; rename it, or ask to overwrite it")
+        clear(target)
+        return Mapped(target, header.height, header.width)
+
+    say = tick or (lambda *_: None)
+    shares = output == "probabilities"
+    depth, dtype = (len(feed.classes), "float32") if shares else (1, "uint8")
+    with partial(target, settings, plan, depth, dtype) as (folder, strips):
+        resumed = strips.count > 0
+        with _opened(source, numbers, feed) as image:
+            blender = Blender(scores, image, feed.normalisation, plan, len(feed.classes), batch)
+            for strip in blender.strips(strips.count, lambda done: say("predicting", done, plan.windows)):
+                strips.append(_shares(strip) if shares else _classes(strip))
+        path, pixels = _written(folder, strips, header, feed.classes, output, digest, say)
+        os.replace(path, target)
+    counts = dict(zip(feed.classes, pixels.tolist(), strict=False))
+    return Mapped(target, header.height, header.width, resumed, counts, int(pixels[-1]))
+
+
+def _check(header: Header, target: Path, output: str) -> None:
+    """Raises RequestError for a target that cannot be this output of this source."""
+    if output not in SUFFIXES:
+        raise RequestError(f"output {output!r}: use {', '.join(SUFFIXES)}")
+    if target.suffix.lower() not in SUFFIXES[output]:
+        raise RequestError(f"{target}: {output} are written to a file named {' or '.join(SUFFIXES[output])}")
+    if target.is_dir():
+        raise RequestError(f"{target}: a folder; name a file in it")
+    if target.exists() and target.samefile(header.path):
+        raise RequestError(f"{target}: the result would overwrite its own input")
+    if output == "polygons" and not has_crs(header):
+        raise RequestError(
+            f"{header.path}: no coordinate reference system, and GeoJSON is in longitude and latitude; "
+            "ask for classes, or georeference it"
+        )
+
+
+def has_crs(header: Header) -> bool:
+    """Whether a raster says where on Earth it lies."""
+    return header.georeference is not None and bool(header.georeference.crs)
+
+
+def _settings(source: Path, feed: Feed, output: str, numbers: list[int], plan: Grid, batch: int) -> dict[str, Any]:
+    """All that a result follows from, but for the model."""
+    state = source.stat()
+    return {
+        "format": 1,
+        "source": [str(source.resolve()), state.st_size, state.st_mtime_ns],
+        "feed": asdict(feed),
+        "bands": numbers,
+        "output": "probabilities" if output == "probabilities" else "classes",
+        "grid": [plan.rows.window, plan.overlap, len(plan.panels), batch],
+    }
+
+
+def _digest(target: Path, output: str) -> str | None:
+    return (polygons if output == "polygons" else geotiff).read_digest(target)
+
+
+@contextmanager
+def _opened(source: Path, numbers: list[int], feed: Feed) -> Iterator[Image]:
+    with (
+        quiet() as rasterio,
+        rasterio.Env(GDAL_CACHEMAX=CACHE),
+        open_image(source, bands=numbers, layout=feed.layout, fill=feed.fill) as image,
+    ):
+        yield image
+
+
+def _classes(strip: Strip) -> np.ndarray:
+    """The class with the highest score, of equals the first: uint8 (1, rows, columns)."""
+    return np.where(strip.valid, strip.scores.argmax(0), IGNORE).astype(np.uint8)[None]
+
+
+def _shares(strip: Strip) -> np.ndarray:
+    """Scores that sum to 1: float32 (classes, rows, columns)."""
+    total = np.maximum(strip.scores.sum(0), np.finfo(np.float32).tiny)
+    return np.where(strip.valid, strip.scores / total, np.float32(np.nan))
+
+
+def _written(
+    folder: Path, strips: Strips, header: Header, classes: Sequence[str], output: str, digest: str, say: Tick
+) -> tuple[Path, np.ndarray]:
+    """The finished file, still in the folder of the partial result, and the pixels of each class and of none."""
+    total = header.height * header.width
+    path = folder / "map.tif"
+    place = header.georeference
+    pixels = geotiff.write_map(path, strips, place, classes, digest, lambda done: say("writing", done, total))
+    if not pixels[:-1].any():
+        raise RequestError(
+            f"{header.path}: no valid pixel (all NaN, nodata or transparent); leave the file out or mend it"
+        )
+    if output != "polygons":
+        return path, pixels
+    traced, outlines = int(pixels[:-1].sum()), folder / "map.geojson"
+    polygons.write_polygons(path, outlines, classes, digest, lambda done: say("tracing", done, traced))
+    return outlines, pixels
