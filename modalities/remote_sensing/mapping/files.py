@@ -72,15 +72,16 @@ def _rasters(path: Path, output: Path) -> list[tuple[Path, Path]]:
     if not path.is_dir():
         return [(path, Path(path.name))]
     files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in READABLE and file.is_file()]
-    within = [(file, file.relative_to(path)) for file in files if not _inside(file, output)]
+    results = _inside(output, path) and not _inside(path, output)
+    within = [(file, file.relative_to(path)) for file in files if not (results and _inside(file, output))]
     shown = [(file, inside) for file, inside in within if not any(part.startswith(".") for part in inside.parts)]
     if not shown:
         raise RequestError(f"{path}: holds no raster ({', '.join(READABLE)})")
     return shown
 
 
-def _inside(file: Path, folder: Path) -> bool:
-    return folder.is_dir() and file.resolve().is_relative_to(folder.resolve())
+def _inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def _said(found: Mapped, placed: bool) -> str:

@@ -36,6 +36,7 @@ def write_map(
     """
     pixels = np.zeros(len(classes) + 1, np.int64)
     with quiet() as rasterio:
+        from rasterio._err import CPLE_BaseError  # GDAL's own errors, some of which rasterio lets through
         from rasterio.errors import RasterioError
 
         try:
@@ -51,8 +52,8 @@ def write_map(
                 _overview(dataset)
             _flush(path)
             _verify(rasterio, path, strips)
-        except RasterioError as error:
-            raise WorkError(f"{path}: cannot be written: {error.__cause__ or error}") from error
+        except (RasterioError, CPLE_BaseError) as error:
+            raise WorkError(f"cannot be written: {error.__cause__ or error}") from error
     return pixels
 
 
@@ -141,7 +142,7 @@ def _verify(rasterio: Any, path: Path, strips: Strips) -> None:
         levels = len(dataset.overviews(1))
         for window, block in _blocks(strips):
             if not np.array_equal(dataset.read(window=window), block, equal_nan=block.dtype.kind == "f"):
-                raise WorkError(f"{path}: does not hold what was written to it; is the disk full?")
+                raise WorkError("does not hold what was written to it; is the disk full?")
     for level in range(levels):
         with rasterio.open(path, OVERVIEW_LEVEL=level) as dataset:
             for top in range(0, dataset.height, BLOCK):

@@ -35,6 +35,7 @@ def write_polygons(
     Raises WorkError where a place has no longitude and latitude.
     """
     with quiet() as rasterio, open(path, "w", encoding="utf-8") as file:
+        from rasterio._err import CPLE_BaseError  # GDAL's own errors, some of which rasterio lets through
         from rasterio.errors import RasterioError
         from rasterio.features import shapes
 
@@ -47,8 +48,8 @@ def write_polygons(
                 cut = ((rings, [_cut(ring, longest) for ring in rings], value) for rings, value in found)
                 _write(file, cut, dataset.crs, pixel**2, classes, tick)
                 file.write("\n]}\n")
-        except RasterioError as error:
-            raise WorkError(f"{class_map}: cannot be brought to longitude and latitude: {error}") from error
+        except (RasterioError, CPLE_BaseError) as error:
+            raise WorkError(f"its areas cannot be brought to longitude and latitude: {error}") from error
         file.flush()
         os.fsync(file.fileno())
 
@@ -85,7 +86,7 @@ def _on_earth(polygons: Sequence[Polygon], crs: Any) -> Iterator[dict[str, Any]]
     x, y = zip(*(point for rings in polygons for ring in rings for point in ring), strict=True)
     x, y = transform(crs, EARTH, x, y)[:2]
     if not all(map(math.isfinite, (*x, *y))):
-        raise WorkError("a part of the raster has no longitude and latitude; ask for a class map, or reproject it")
+        raise WorkError("a part of it has no longitude and latitude; ask for a class map, or reproject it")
     points = zip(x, y, strict=True)
     for rings in polygons:
         parts = [

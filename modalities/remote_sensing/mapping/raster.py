@@ -20,7 +20,7 @@ from modalities.remote_sensing.mapping.blending import Blender, Scores, Strip
 from modalities.remote_sensing.mapping.feed import Feed
 from modalities.remote_sensing.mapping.partial import Strips, clear, partial
 from modalities.remote_sensing.mapping.windows import Grid, grid
-from shared.errors import RequestError
+from shared.errors import RequestError, WorkError
 
 # What can be written, and the file names it goes by.
 SUFFIXES = {"classes": (".tif", ".tiff"), "probabilities": (".tif", ".tiff"), "polygons": (".geojson", ".json")}
@@ -63,11 +63,11 @@ def map_raster(
     """Predict every pixel of ``source`` and write ``target``, whole or not at all.
 
     scores: normalised float32 images (B, bands, window, window) to class scores, at least 0, (B, classes, window,
-        window), the same for an image whatever the rest of the batch.
+        window).
     output: "classes" (GeoTIFF, uint8, 255 without data), "probabilities" (GeoTIFF, float32, NaN without data; blended
         scores that sum to 1) or "polygons" (GeoJSON).
-    window: pixels along a side (the training tile's if None).  overlap: pixels that neighbours share, at most half
-        of the window (a quarter of it if None); see ``windows.cut`` for how they blend.
+    window: pixels along a side (as trained if None).  overlap: pixels that neighbours share, at most half of the window
+        (a quarter of it if None); see ``windows.cut`` for how they blend.  batch: windows the model is given at once.
     bands: numbers of the bands to read, where the file's own names or count would mislead (see ``Feed.numbers``).
     identity: JSON-able facts that tell the model from any other; a prediction that was cut off goes on only with equal
         ones, and a target that was made with them is left as it is unless ``overwrite``.
@@ -80,32 +80,67 @@ def map_raster(
     cannot be read or does not fit, holds no valid pixel or breaks off, and for a target that is an input or exists;
     WorkError where the model's scores are not finite or the disk is full.
     """
-    source, target = Path(source), Path(target)
+    job = _job(Path(source), Path(target), feed, output, window, overlap, batch, bands, identity)
+    if job.target.exists() and not overwrite:
+        if (polygons if output == "polygons" else geotiff).read_digest(job.target) != job.digest:
+            raise RequestError(f"{target} exists and is another prediction or none; rename it, or ask to overwrite it")
+        clear(job.target)
+        return Mapped(job.target, job.header.height, job.header.width)
+    return _run(job, scores, feed, batch, tick or (lambda *_: None))
+
+
+class _Job(NamedTuple):
+    """What is to be done. numbers: of the bands to read.  settings: all that the result follows from."""
+
+    header: Header
+    target: Path
+    output: str
+    numbers: list[int]
+    grid: Grid
+    settings: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+
+
+def _job(
+    source: Path, target: Path, feed: Feed, output: str, window: int | None, overlap: int | None, batch: int,
+    bands: Sequence[int] | None, identity: Mapping[str, Any] | None,
+) -> _Job:  # fmt: skip
+    if batch < 1:
+        raise RequestError(f"batch {batch}: at least 1 window")
     header = read_header(source, layout=feed.layout)
     _check(header, target, output)
     numbers = feed.numbers(header, bands)
-    plan = grid(header.height, header.width, window or feed.window, overlap, BUFFER // (4 * len(feed.classes)))
-    settings = _settings(source, feed, output, numbers, plan, batch) | {"model": dict(identity or {})}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    if target.exists() and not overwrite:
-        if _digest(target, output) != digest:
-            raise RequestError(f"{target} exists and is another prediction or none; rename it, or ask to overwrite it")
-        clear(target)
-        return Mapped(target, header.height, header.width)
+    window = feed.window if window is None else window
+    windows = grid(header.height, header.width, window, overlap, BUFFER // (4 * len(feed.classes)))
+    state = source.stat()
+    settings = {
+        "format": 1,
+        "source": [str(source.resolve()), state.st_size, state.st_mtime_ns],
+        "feed": asdict(feed),
+        "bands": numbers,
+        "output": "probabilities" if output == "probabilities" else "classes",
+        "windows": [window, windows.overlap, len(windows.panels), batch],
+        "model": dict(identity or {}),
+    }
+    return _Job(header, target, output, numbers, windows, settings)
 
-    say = tick or (lambda *_: None)
-    shares = output == "probabilities"
+
+def _run(job: _Job, scores: Scores, feed: Feed, batch: int, say: Tick) -> Mapped:
+    header, shares = job.header, job.output == "probabilities"
     depth, dtype = (len(feed.classes), "float32") if shares else (1, "uint8")
-    with partial(target, settings, plan, depth, dtype) as (folder, strips):
+    with partial(job.target, job.settings, job.grid, depth, dtype) as (folder, strips):
         resumed = strips.count > 0
-        with _opened(source, numbers, feed) as image:
-            blender = Blender(scores, image, feed.normalisation, plan, len(feed.classes), batch)
-            for strip in blender.strips(strips.count, lambda done: say("predicting", done, plan.windows)):
+        with _opened(header.path, job.numbers, feed) as image:
+            blender = Blender(scores, image, feed.normalisation, job.grid, len(feed.classes), batch)
+            for strip in blender.strips(strips.count, lambda done: say("predicting", done, job.grid.windows)):
                 strips.append(_shares(strip) if shares else _classes(strip))
-        path, pixels = _written(folder, strips, header, feed.classes, output, digest, say)
-        os.replace(path, target)
+        path, pixels = _written(job, folder, strips, feed.classes, say)
+        os.replace(path, job.target)
     counts = dict(zip(feed.classes, pixels.tolist(), strict=False))
-    return Mapped(target, header.height, header.width, resumed, counts, int(pixels[-1]))
+    return Mapped(job.target, header.height, header.width, resumed, counts, int(pixels[-1]))
 
 
 def _check(header: Header, target: Path, output: str) -> None:
@@ -130,23 +165,6 @@ def has_crs(header: Header) -> bool:
     return header.georeference is not None and bool(header.georeference.crs)
 
 
-def _settings(source: Path, feed: Feed, output: str, numbers: list[int], plan: Grid, batch: int) -> dict[str, Any]:
-    """All that a result follows from, but for the model."""
-    state = source.stat()
-    return {
-        "format": 1,
-        "source": [str(source.resolve()), state.st_size, state.st_mtime_ns],
-        "feed": asdict(feed),
-        "bands": numbers,
-        "output": "probabilities" if output == "probabilities" else "classes",
-        "grid": [plan.rows.window, plan.overlap, len(plan.panels), batch],
-    }
-
-
-def _digest(target: Path, output: str) -> str | None:
-    return (polygons if output == "polygons" else geotiff).read_digest(target)
-
-
 @contextmanager
 def _opened(source: Path, numbers: list[int], feed: Feed) -> Iterator[Image]:
     with (
@@ -169,19 +187,21 @@ def _shares(strip: Strip) -> np.ndarray:
 
 
 def _written(
-    folder: Path, strips: Strips, header: Header, classes: Sequence[str], output: str, digest: str, say: Tick
-) -> tuple[Path, np.ndarray]:
+    job: _Job, folder: Path, strips: Strips, classes: Sequence[str], say: Tick
+) -> tuple[Path, np.ndarray]:  # fmt: skip
     """The finished file, still in the folder of the partial result, and the pixels of each class and of none."""
+    header, path, outlines = job.header, folder / "map.tif", folder / "map.geojson"
     total = header.height * header.width
-    path = folder / "map.tif"
-    place = header.georeference
-    pixels = geotiff.write_map(path, strips, place, classes, digest, lambda done: say("writing", done, total))
-    if not pixels[:-1].any():
-        raise RequestError(
-            f"{header.path}: no valid pixel (all NaN, nodata or transparent); leave the file out or mend it"
-        )
-    if output != "polygons":
-        return path, pixels
-    traced, outlines = int(pixels[:-1].sum()), folder / "map.geojson"
-    polygons.write_polygons(path, outlines, classes, digest, lambda done: say("tracing", done, traced))
-    return outlines, pixels
+    try:
+        place = header.georeference
+        pixels = geotiff.write_map(path, strips, place, classes, job.digest, lambda done: say("writing", done, total))
+        if not pixels[:-1].any():
+            what = "no valid pixel (all NaN, nodata or transparent); leave the file out or mend it"
+            raise RequestError(f"{header.path}: {what}")
+        if job.output != "polygons":
+            return path, pixels
+        traced = int(pixels[:-1].sum())
+        polygons.write_polygons(path, outlines, classes, job.digest, lambda done: say("tracing", done, traced))
+        return outlines, pixels
+    except WorkError as error:
+        raise WorkError(f"{job.target}: {error}") from error

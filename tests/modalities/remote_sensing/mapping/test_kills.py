@@ -79,24 +79,27 @@ def same(one: Path, other: Path) -> None:
 
 
 def test_killed_at_random_moments(tmp_path, made, scores, feed):
-    source, chance = made(150, 120), random.Random(1)
+    source, chance, kills = made(150, 120), random.Random(1), 0
+    start = time.perf_counter()
     map_raster(scores, source, tmp_path / "whole.tif", feed, output="probabilities", **OPTIONS)
-    target, kills = tmp_path / "killed.tif", 0
+    whole = time.perf_counter() - start
+    for target in (tmp_path / "first.tif", tmp_path / "second.tif", tmp_path / "third.tif"):
 
-    def work() -> None:
-        map_raster(scores, source, target, feed, output="probabilities", **OPTIONS)
+        def work(target: Path = target) -> None:
+            map_raster(scores, source, target, feed, output="probabilities", **OPTIONS)
 
-    for _ in range(25):
-        pid = child(work)
-        time.sleep(chance.uniform(0, 0.08))
-        os.kill(pid, signal.SIGKILL)
-        kills += ended(pid) == -signal.SIGKILL
-        if target.exists():
-            break
-    work()
-    assert kills >= 2
-    same(tmp_path / "whole.tif", target)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.tif", "killed.tif", "whole.tif"]
+        for _ in range(25):
+            pid = child(work)
+            time.sleep(chance.uniform(0, whole / 2))
+            os.kill(pid, signal.SIGKILL)
+            kills += ended(pid) == -signal.SIGKILL
+            if target.exists():
+                break
+        work()
+        same(tmp_path / "whole.tif", target)
+    assert kills >= 3
+    names = ["first.tif", "in.tif", "second.tif", "third.tif", "whole.tif"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_half_a_strip_is_cut_off(tmp_path, made, scores, feed):
