@@ -1,5 +1,5 @@
 """A large raster in little memory: ``python -m tests.reliability.large_raster [SIDE] [OUTPUT]`` (20000 and classes if
-not said; about two minutes and, for probabilities, 10 GB of disk).
+not said; about half a minute and, for probabilities, 10 GB of disk).
 
 Makes a raster of SIDE x SIDE pixels with three bands, maps it with a model that costs nothing, and prints time and the
 process's peak memory by stage. Exit status 0 where that peak, libraries included, is below 1.5 GB and a sample of the
