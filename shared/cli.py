@@ -93,6 +93,8 @@ def _parser() -> _Parser:
     compare = add("compare", "Train a recipe with several methods and compare them.", recipe, output)
     compare.add_argument("--methods", required=True, type=_names, help="such as probe,lora,cloud_adapter,full")
     compare.add_argument("--seeds", type=_numbers, default=[], help="such as 0,1,2 (default: the recipe's)")
+    compare.add_argument("--folds", metavar="N", type=int, help="cross-validation: train on N splits, score all as one")
+    compare.add_argument("--resume", action="store_true", help="keep the finished runs that --output holds")
     predict = add("predict", "Predict for files, such as rasters of any size, with a trained run.")
     predict.add_argument("run", metavar="RUN", type=Path, help="the directory of a finished run")
     predict.add_argument("inputs", metavar="INPUT", nargs="+", type=Path, help="files, and folders of files")
@@ -137,8 +139,10 @@ def _run(asked: argparse.Namespace) -> None:
 def _compare(asked: argparse.Namespace) -> None:
     from shared import compare, recipe
 
+    if asked.resume and asked.output is None:
+        raise RequestError("compare --resume: name the directory of the comparison with --output")
     chosen = recipe.load(asked.recipe, asked.overrides, tiny=asked.tiny)
-    compare.compare(chosen, asked.methods, asked.seeds, asked.output)
+    compare.compare(chosen, asked.methods, asked.seeds, asked.output, folds=asked.folds, resume=asked.resume)
 
 
 def _predict(asked: argparse.Namespace) -> None:

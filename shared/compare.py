@@ -1,4 +1,4 @@
-"""Comparisons: one recipe trained with several methods and seeds, as a table and a page."""
+"""Comparisons: one recipe trained with several methods, seeds and folds, as a table and a page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from shared.store import write_atomically
 class Row(NamedTuple):
     """One method over its seeds: mean and spread (sample standard deviation, 0 for one seed) of what was measured.
 
-    scores: test results by name, None where no seed defines one.  spreads: of the same.  The rest are means.
+    scores: test results by name, None where no seed defines one; with folds, a seed's are those of all its test splits
+    together.  spreads: of the same.  train_seconds: of one training.  The rest are means.
     """
 
     method: str
@@ -28,59 +29,112 @@ class Row(NamedTuple):
     scores: dict[str, float | None]
     spreads: dict[str, float]
     trainable: int
+    train_seconds: float
     step_seconds: float
     peak_bytes: float
     file_bytes: float
 
 
-def compare(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], output: Path | None = None) -> list[Row]:
+class Planned(NamedTuple):
+    """One training of a comparison: its method's name, its recipe, and its directory below that of the comparison."""
+
+    method: str
+    recipe: Recipe
+    place: str
+
+
+def compare(
+    recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], output: Path | None = None, *,
+    folds: int | None = None, resume: bool = False,
+) -> list[Row]:  # fmt: skip
     """Train ``recipe`` with each method and seed on the same data, print the table and write ``report.html``.
 
     methods: names of classes, or their slugs; a method other than the recipe's own runs with its defaults. Runs go to
     ``<output>/<method>/seed_<n>``. Everything is checked before the first run starts.
+    folds: cross-validation: each method and seed trains ``folds`` times, with ``data.fold`` 0, 1 ... of
+    ``data.folds``, in ``seed_<n>/fold_<k>``, and is scored on all these test splits together (``Task.pooled``).
+    resume: keep the finished runs that are in ``output`` already.
     """
     from shared.report.compare_page import print_comparison, score_of, write_compare_page
     from shared.report.run_page import number, spelled
-    from shared.run import directory, run
+    from shared.run import RECIPE, directory
 
-    recipes = _recipes(recipe, methods, seeds or [recipe.seed])
-    output = directory(recipe, output or Path("runs") / recipe.name / f"compare_{datetime.now():%Y-%m-%d_%H-%M-%S}")
-    data = recipe.build("data")
-    _check_sites(recipes, data)
-    found: dict[str, list[dict[str, Any]]] = {}
-    for index, (method, one) in enumerate(recipes, 1):
-        print(f"{method}, seed {one.seed} ({index} of {len(recipes)})", flush=True)
-        _forget_peak()
-        result = run(one, output / method / f"seed_{one.seed}", data=data)
-        found.setdefault(method, []).append(result)
+    planned = _plan(recipe, methods, seeds or [recipe.seed], folds)
+    if not (resume and output and any((output / one.place / RECIPE).is_file() for one in planned)):
+        output = directory(recipe, output or Path("runs") / recipe.name / f"compare_{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    data = [one.build("data") for _, one, _ in planned[: folds or 1]]
+    _check_sites(planned, data[0])
+    runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for index, one in enumerate(planned):
+        seed = one.recipe.seed
+        print(f"{one.place.replace('/', ', ').replace('_', ' ')} ({index + 1} of {len(planned)})", flush=True)
+        result = _run(one, output, data[index % len(data)])
+        runs.setdefault((one.method, seed), []).append(result)
         score, seconds = score_of(result), result["cost"]["train_seconds"]
         print(f"  {spelled(score)} {number(result['test'][score])} after {seconds:.0f} s of training", flush=True)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for (method, _), results in runs.items():
+        found.setdefault(method, []).append(_together(recipe, results) if folds else results[0])
     rows = [_row(method, results) for method, results in found.items()]
     write_atomically(output / "compare.json", json.dumps([row._asdict() for row in rows], indent=1).encode())
-    page = write_compare_page(output, recipe, rows, found)
+    page = write_compare_page(output, recipe, rows, found, [one.place for one in planned])
     print_comparison(recipe, rows, found)
     print(f"page: {page}")
     return rows
 
 
-def _recipes(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, Recipe]]:
-    """(method's name, recipe) for each run, in the order asked for."""
+def _plan(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], folds: int | None) -> list[Planned]:
+    """Every training, in the order asked for: methods, in each the seeds, in each the folds."""
     if not methods:
         raise RequestError("compare: name at least one method, such as --methods probe,lora")
     names = [catalog.find(name, "method").name for name in methods]
     for value, times in Counter([*names, *seeds]).items():
         if times > 1:
             raise RequestError(f"compare: {value} is named twice")
-    return [(name, recipe.replaced(method={"type": name}, seed=seed)) for name in names for seed in seeds]
+    if folds is None:
+        splits: list[tuple[str, dict[str, Any]]] = [("", {})]
+    elif folds < 2:
+        raise RequestError(f"compare: {folds} folds: use 2 or more")
+    else:
+        splits = [(f"/fold_{k}", {"data": {"fold": k, "folds": folds}}) for k in range(folds)]
+    return [
+        Planned(name, recipe.replaced(method={"type": name}, seed=seed, **change), f"{name}/seed_{seed}{below}")
+        for name in names for seed in seeds for below, change in splits
+    ]  # fmt: skip
 
 
-def _check_sites(recipes: Sequence[tuple[str, Recipe]], data: Any) -> None:
+def _run(one: Planned, output: Path, data: Any) -> dict[str, Any]:
+    """Train and test, or read what a finished run of the same recipe found."""
+    from shared.run import METRICS, RECIPE, check_same, run
+
+    folder = output / one.place
+    if (folder / METRICS).is_file():
+        check_same(one.recipe, folder / RECIPE)
+        return json.loads((folder / METRICS).read_text())
+    _forget_peak()
+    return run(one.recipe, folder, resume=(folder / RECIPE).is_file(), data=data)
+
+
+def _together(recipe: Recipe, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The runs of all folds as one result: test splits pooled by the task, costs averaged."""
+    task = recipe.sections["task"].entry.load()
+    costs = [result["cost"] for result in results]
+    cost = {key: statistics.fmean(c[key] for c in costs) for key in costs[0]}
+    return {
+        **results[0],
+        "test": task.pooled([result["test"] for result in results]),
+        "cost": cost,
+        "file_bytes": statistics.fmean(result["file_bytes"] for result in results),
+    }
+
+
+def _check_sites(planned: Sequence[Planned], data: Any) -> None:
     """Build every method on the meta device: one that does not fit the backbone is told before any has trained."""
     import torch
 
     from shared.run import build
 
-    for one in dict(recipes).values():
+    for one in {one.method: one.recipe for one in planned}.values():
         with torch.device("meta"):
             build(one, data)
 
@@ -102,6 +156,7 @@ def _row(method: str, results: Sequence[Mapping[str, Any]]) -> Row:
         scores={n: statistics.fmean(v) if v else None for n, v in known.items()},
         spreads={n: statistics.stdev(v) if len(v) > 1 else 0.0 for n, v in known.items()},
         trainable=results[0]["parameters"]["trainable"],
+        train_seconds=statistics.fmean(c["train_seconds"] for c in costs),
         step_seconds=statistics.fmean(c["step_seconds"] for c in costs),
         peak_bytes=statistics.fmean(c["peak_memory_bytes"] for c in costs),
         file_bytes=statistics.fmean(r["file_bytes"] for r in results),

@@ -160,7 +160,7 @@ def directory(recipe: Recipe, output: Path | None, *, resume: bool = False) -> P
             output = max((p for p in runs.glob("*") if (p / RECIPE).is_file()), default=None)
         if output is None or not (output / RECIPE).is_file():
             raise RequestError(f"nothing to resume: {output or runs} holds no run")
-        _same(recipe, output / RECIPE)
+        check_same(recipe, output / RECIPE)
         return output
     if output is None:
         return _unused(runs, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
@@ -177,7 +177,8 @@ def _unused(runs: Path, name: str) -> Path:
     return path
 
 
-def _same(recipe: Recipe, path: Path) -> None:
+def check_same(recipe: Recipe, path: Path) -> None:
+    """Raises RequestError where the resolved recipe at ``path`` is another one, with the first key that differs."""
     from shared.recipe import read
 
     before, now = _flat(read(path)), _flat(recipe.tree)

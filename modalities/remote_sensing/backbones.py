@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from modalities.images.backbones import TimmViT
 from modalities.remote_sensing.heads.pretraining import positions
+from shared.backbone import Features
 
 # Of the photographs it was pretrained on, red, green, blue, in 0 to 255. See the model card beside the weights.
 MEAN, STD = (94.5, 97.23, 86.98), (48.81, 44.17, 45.24)
@@ -35,6 +37,7 @@ class AerialViT(TimmViT):
         checkpoint: str | None = None,
         depths: Sequence[int] | None = None,
         normed: bool = True,
+        pixels: bool = False,
         seed: int = 0,
     ):
         """
@@ -43,6 +46,7 @@ class AerialViT(TimmViT):
             checkpoint: a .safetensors file written by ``modalities.remote_sensing.export_weights``.
             depths: blocks (0-based) whose output becomes a map; None means four evenly spaced, the last included.
             normed: apply the final norm to the maps.
+            pixels: give the image itself as the first map, for heads that join spectra with tokens (``PixelDecoder``).
             seed: of the random weights.
 
         Raises RequestError where an argument or the file does not fit.
@@ -61,9 +65,15 @@ class AerialViT(TimmViT):
             seed=seed,
             model_args={**shape, "class_token": False, "global_pool": "avg", "fc_norm": False},
         )
-        self.name = "aerial_vit"
+        self.name, self.pixels = "aerial_vit", pixels
+        if pixels:
+            self.channels = (bands, *self.channels)
         if weights == "random":  # sines and cosines: neighbours resemble each other from the start
             with torch.no_grad():
                 self.model.pos_embed.copy_(0.5 * positions((12, 12), 192))
         if packaged:
             self.source = self.source.replace(f"file: {WEIGHTS}", f"packaged: {WEIGHTS.name}")
+
+    def forward(self, image: Tensor) -> Features:
+        features = super().forward(image)
+        return Features((image, *features.maps), features.summary) if self.pixels else features

@@ -65,6 +65,14 @@ class Segmentation(Task):
         self.confusion.reset()
         return found
 
+    @classmethod
+    def pooled(cls, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """From the sum of the confusion matrices, so that every pixel counts once; ``loss`` is the splits' mean."""
+        classes = [name.partition("/")[2] for name in results[0] if name.startswith("iou/")]
+        total = sum(torch.tensor(one["confusion"]) for one in results)
+        assert isinstance(total, Tensor)
+        return {"loss": sum(one["loss"] for one in results) / len(results), **measure(total, classes)}
+
     @torch.no_grad()
     def scores(self, image: Tensor) -> Tensor:
         """image (B, bands, H, W), normalised, to class scores (B, classes, H, W), in eval mode."""

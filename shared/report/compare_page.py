@@ -28,19 +28,17 @@ def print_comparison(recipe: Recipe, rows: Sequence[Row], found: Found) -> None:
         )
 
 
-def write_compare_page(folder: Path, recipe: Recipe, rows: Sequence[Row], found: Found) -> Path:
-    """Write ``report.html`` and return its path."""
+def write_compare_page(
+    folder: Path, recipe: Recipe, rows: Sequence[Row], found: Found, places: Sequence[str]
+) -> Path:
+    """Write ``report.html``, with links to the runs at ``places`` below ``folder``, and return its path."""
     first = next(iter(found.values()))[0]
     score = score_of(first)
     values = [(row, row.scores[score]) for row in rows]
     points = {row.method: (row.trainable, value, row.spreads[score]) for row, value in values if value is not None}
     chart = plots.scatter(points, "trainable parameters", spelled(score))
     seeds = rows[0].seeds
-    runs = {
-        f"{method}, seed {r['seed']}": f"{method}/seed_{r['seed']}/report.html"
-        for method, rs in found.items()
-        for r in rs
-    }
+    runs = {place.replace("/", ", ").replace("_", " "): f"{place}/report.html" for place in places}
     document = page.page(
         f"omniadapt: methods on {recipe.name}",
         page.lead(
@@ -76,9 +74,9 @@ def _scores(rows: Sequence[Row], first: Mapping[str, Any]) -> tuple[list[str], l
 
 
 def _costs(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    heads = ["method", "trainable", "step", "peak memory", "file"]
+    heads = ["method", "trainable", "training", "step", "peak memory", "file"]
     values = [
-        (f"{r.trainable:,}", f"{1000 * r.step_seconds:.0f} ms", size(r.peak_bytes), size(r.file_bytes)) for r in rows
+        (f"{r.trainable:,}", f"{r.train_seconds:.0f} s", f"{1000 * r.step_seconds:.0f} ms", size(r.peak_bytes), size(r.file_bytes)) for r in rows
     ]
     return heads, [[row.method, *costs] for row, costs in zip(rows, values, strict=True)]
 

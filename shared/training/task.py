@@ -46,6 +46,16 @@ class Task(LightningModule):
         """The metrics since the last call, JSON-able, None where undefined; starts them anew."""
         raise NotImplementedError
 
+    @classmethod
+    def pooled(cls, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """``results()`` of several test splits as those of all of them together, for cross-validation.
+
+        Here the mean of each plain number that every split defines; a task that keeps counts adds these up.
+        """
+        names = [n for n, v in results[0].items() if isinstance(v, (int, float))]
+        defined = [n for n in names if all(isinstance(one[n], (int, float)) for one in results)]
+        return {n: sum(one[n] for one in results) / len(results) for n in defined}
+
     def pictures(self, data: Any) -> Any:
         """What a report shows of ``data`` (``shared.report.plots.Pictures``); None where a task has nothing to show."""
         return None

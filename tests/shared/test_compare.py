@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import statistics
+import warnings
 
 import pytest
+import torch
 
 from shared import compare, recipe
 from shared.errors import RequestError
@@ -94,3 +96,70 @@ def test_wrong_requests(small, tmp_path, methods, seeds, message):
     with pytest.raises(RequestError, match=message):
         compare.compare(small, methods, seeds, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# -- folds -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folded(small, tmp_path_factory):
+    """Four scenes of one tile each, three folds; the recipe, and the folder of its comparison."""
+    import numpy as np
+    import rasterio
+
+    root, random = tmp_path_factory.mktemp("tiles"), np.random.default_rng(0)
+    for part in ("images", "masks"):
+        (root / part).mkdir()
+    for scene in range(4):
+        image = random.uniform(0.1, 1, (8, 32, 32)).astype(np.float32)
+        mask = random.choice(np.array([64, 128, 192, 255], np.uint8), (1, 32, 32))
+        for part, array in (("images", image), ("masks", mask)):
+            size = {"driver": "GTiff", "count": len(array), "height": 32, "width": 32, "dtype": array.dtype}
+            with warnings.catch_warnings(action="ignore"), rasterio.open(root / part / f"S_{scene}_0.tif", "w", **size) as file:  # fmt: skip
+                file.write(array)
+    one = small.replaced(data={"type": "LandsatBiome", "root": str(root), "batch_size": 2})
+    folder = tmp_path_factory.mktemp("folds") / "out"
+    return one, folder, compare.compare(one, ["probe"], [0, 1], folder, folds=4)
+
+
+def test_folds_are_scored_as_one_test_split(folded):
+    _, folder, (row,) = folded
+    scores = []
+    for seed in (0, 1):
+        runs = [json.loads((folder / "Probe" / f"seed_{seed}" / f"fold_{k}" / "metrics.json").read_text()) for k in range(4)]  # fmt: skip
+        tested = [scene for run in runs for scene in run["data"]["splits"]["test"]["scenes"]]
+        assert sorted(tested) == ["S_0", "S_1", "S_2", "S_3"]
+        total = torch.tensor([run["test"]["confusion"] for run in runs]).sum(0).double()
+        assert total.sum() == 4 * 32 * 32
+        union = total.sum(0) + total.sum(1) - total.diagonal()
+        scores.append((total.diagonal() / union).mean().item())
+    assert (row.method, row.seeds) == ("Probe", 2)
+    assert row.scores["miou"] == pytest.approx(statistics.mean(scores))
+    assert row.spreads["miou"] == pytest.approx(statistics.stdev(scores))
+    assert 'href="Probe/seed_1/fold_3/report.html"' in (folder / "report.html").read_text()
+
+
+def test_a_comparison_goes_on_without_training_what_is_finished(folded, monkeypatch):
+    one, folder, (row,) = folded
+    monkeypatch.setattr("shared.run.run", lambda *_, **__: pytest.fail("a run has started"))
+    assert compare.compare(one, ["probe"], [0, 1], folder, folds=4, resume=True) == [row]
+    with pytest.raises(RequestError, match="cannot go on with another recipe: trainer.steps was 1, now 2"):
+        compare.compare(one.replaced(trainer={"steps": 2}), ["probe"], [0, 1], folder, folds=4, resume=True)
+    with pytest.raises(RequestError, match="is not an empty directory"):
+        compare.compare(one, ["probe"], [0, 1], folder, folds=4)
+    with pytest.raises(RequestError, match="is not an empty directory"):
+        compare.compare(one, ["probe"], [0, 1], folder.parent, folds=4, resume=True)
+
+
+def test_data_without_folds_and_too_few_of_them_are_refused(small, tmp_path):
+    with pytest.raises(RequestError, match="data.fold: GeneratedScenes has no such setting"):
+        compare.compare(small, ["probe"], [0], tmp_path / "out", folds=3)
+    with pytest.raises(RequestError, match="1 folds: use 2 or more"):
+        compare.compare(small, ["probe"], [0], tmp_path / "out", folds=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_of_several_splits_are_averaged_where_a_task_has_no_counts():
+    from shared.training import Task
+
+    assert Task.pooled([{"loss": 1.0, "text": "a", "f1": None}, {"loss": 2.0, "text": "b", "f1": 1.0}]) == {"loss": 1.5}

@@ -1,4 +1,4 @@
-"""Light heads: a small decoder that fuses feature maps of any strides, and a linear one for probes."""
+"""Light heads: small decoders that fuse feature maps of any strides, and a linear one for probes."""
 
 from __future__ import annotations
 
@@ -70,6 +70,57 @@ class LightDecoder(_PixelHead):
         return resize(self.classify(self.fine(resize(fused, quarter))), size)
 
 
+class PixelDecoder(_PixelHead):
+    """Bands at full resolution and maps of tokens, each to ``width`` channels, summed at every pixel and classified.
+
+    The first map is the image itself (a backbone's ``pixels: true``); a pixel is described by its bands and by how
+    they differ from the mean of their tile, since what is dark in one scene is bright in another. Nothing is
+    normalised inside, so that brightness, which tells clouds, is kept.
+
+    channels: of the backbone's maps, the image's bands first.  classes: number of classes.  width: channels inside.
+    dropout: probability of a channel of the fused tokens, in training.
+    ignore_index: value of ``mask`` without a label.  class_weights: of the cross entropy, one for each class.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        classes: int,
+        *,
+        width: int = 32,
+        dropout: float = 0.0,
+        ignore_index: int = 255,
+        class_weights: Sequence[float] | None = None,
+    ):
+        super().__init__(classes, ignore_index, class_weights)
+        if width < 1 or not 0 <= dropout < 1:
+            raise RequestError(f"head: width {width} is at least 1, dropout {dropout} from 0 to below 1")
+        if len(channels) < 2:
+            raise RequestError("PixelDecoder needs the image and at least one map: a backbone with pixels: true")
+        bands, *tokens = channels
+        self.spectrum = nn.Sequential(nn.Conv2d(2 * bands, width, 1), nn.GELU(), nn.Conv2d(width, width, 1))
+        self.texture, self.around = _separable(width, norm=False), _separable(width, norm=False)
+        self.project = nn.ModuleList(nn.Conv2d(c, width, 1) for c in tokens)
+        self.dropout = nn.Dropout2d(dropout)
+        self.join = nn.Sequential(nn.GELU(), nn.Conv2d(width, width, 1), nn.GELU())
+        self.classify = nn.Conv2d(width, classes, 1)
+
+    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
+        """Maps (B, bands, *size), (B, C_i, h_i, w_i) ... to logits (B, classes, *size)."""
+        image, *maps = expected(features, 1 + len(self.project))
+        if tuple(image.shape[2:]) != tuple(size):
+            raise RequestError(
+                f"PixelDecoder: the first map is {tuple(image.shape[2:])}, not the image's {tuple(size)}; "
+                "give the backbone pixels: true"
+            )
+        pixels = self.spectrum(torch.cat([image, image - image.mean((2, 3), keepdim=True)], 1))
+        pixels = pixels + self.texture(pixels)
+        grid = max((m.shape[2], m.shape[3]) for m in maps)
+        tokens = torch.stack([resize(f(m), grid) for f, m in zip(self.project, maps, strict=True)]).sum(0)
+        tokens = self.dropout(tokens + self.around(tokens))
+        return self.classify(self.join(pixels + resize(tokens, size)))
+
+
 class LinearHead(_PixelHead):
     """The linear probe (Oquab et al., 2023): batch norm and one linear layer on the concatenated maps.
 
@@ -116,6 +167,7 @@ def _norm(width: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(max(width // 8, 1), width), width)
 
 
-def _separable(width: int) -> nn.Sequential:
+def _separable(width: int, norm: bool = True) -> nn.Sequential:
     depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
-    return nn.Sequential(depthwise, nn.Conv2d(width, width, 1, bias=False), _norm(width), nn.GELU())
+    pointwise = nn.Conv2d(width, width, 1, bias=not norm)
+    return nn.Sequential(depthwise, pointwise, *([_norm(width)] if norm else []), nn.GELU())
