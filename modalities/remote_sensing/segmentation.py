@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from modalities.remote_sensing.data.augment import reexposed
 from shared.adapted import Adapted
 from shared.errors import RequestError, WorkError
 from shared.training.optimiser import Optimiser
@@ -20,6 +21,9 @@ from shared.training.task import Task
 class Segmentation(Task):
     """Trains and measures an adapted model whose head offers ``loss`` and ``predict``.
 
+    exposure: strength of random changes of gain and offset of training images and their bands
+    (``data.augment.reexposed``), for scenes whose light and ground differ from those trained on.
+
     model: with a head.  data: it gives ``classes`` (names), ``bands`` and ``ignore_index``; its batches hold ``image``
     (B, bands, H, W), ``mask`` (B, H, W) and ``name``.
 
@@ -28,8 +32,11 @@ class Segmentation(Task):
 
     monitor: ClassVar[str] = "validation/miou"
 
-    def __init__(self, model: Adapted, data: Any, optimiser: Optimiser):
+    def __init__(self, model: Adapted, data: Any, optimiser: Optimiser, *, exposure: float = 0.0):
         super().__init__(model, optimiser)
+        if exposure < 0:
+            raise RequestError(f"task.exposure {exposure}: use 0 (no change) or a number above, such as 1")
+        self.exposure = exposure
         self.classes, self.bands, self.ignore_index = tuple(data.classes), data.bands, data.ignore_index
         head: Any = model.head
         if not (hasattr(head, "loss") and hasattr(head, "predict")):
@@ -48,7 +55,8 @@ class Segmentation(Task):
         return self.model.head
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
-        return self.head.loss(self.model(batch["image"]), batch["mask"])
+        image = reexposed(batch["image"], self.exposure) if self.exposure else batch["image"]
+        return self.head.loss(self.model(image), batch["mask"])
 
     def evaluate(self, batch: dict[str, Any]) -> None:
         image, mask = batch["image"], batch["mask"]

@@ -28,9 +28,7 @@ def print_comparison(recipe: Recipe, rows: Sequence[Row], found: Found) -> None:
         )
 
 
-def write_compare_page(
-    folder: Path, recipe: Recipe, rows: Sequence[Row], found: Found, places: Sequence[str]
-) -> Path:
+def write_compare_page(folder: Path, recipe: Recipe, rows: Sequence[Row], found: Found, places: Sequence[str]) -> Path:
     """Write ``report.html``, with links to the runs at ``places`` below ``folder``, and return its path."""
     first = next(iter(found.values()))[0]
     score = score_of(first)
@@ -75,10 +73,9 @@ def _scores(rows: Sequence[Row], first: Mapping[str, Any]) -> tuple[list[str], l
 
 def _costs(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     heads = ["method", "trainable", "training", "step", "peak memory", "file"]
-    values = [
-        (f"{r.trainable:,}", f"{r.train_seconds:.0f} s", f"{1000 * r.step_seconds:.0f} ms", size(r.peak_bytes), size(r.file_bytes)) for r in rows
-    ]
-    return heads, [[row.method, *costs] for row, costs in zip(rows, values, strict=True)]
+    times = [(f"{row.train_seconds:.0f} s", f"{1000 * row.step_seconds:.0f} ms") for row in rows]
+    sizes = [(size(row.peak_bytes), size(row.file_bytes)) for row in rows]
+    return heads, [[row.method, f"{row.trainable:,}", *t, *s] for row, t, s in zip(rows, times, sizes, strict=True)]
 
 
 def _score(row: Row, name: str) -> str:

@@ -115,7 +115,8 @@ def folded(small, tmp_path_factory):
         mask = random.choice(np.array([64, 128, 192, 255], np.uint8), (1, 32, 32))
         for part, array in (("images", image), ("masks", mask)):
             size = {"driver": "GTiff", "count": len(array), "height": 32, "width": 32, "dtype": array.dtype}
-            with warnings.catch_warnings(action="ignore"), rasterio.open(root / part / f"S_{scene}_0.tif", "w", **size) as file:  # fmt: skip
+            path = root / part / f"S_{scene}_0.tif"
+            with warnings.catch_warnings(action="ignore"), rasterio.open(path, "w", **size) as file:
                 file.write(array)
     one = small.replaced(data={"type": "LandsatBiome", "root": str(root), "batch_size": 2})
     folder = tmp_path_factory.mktemp("folds") / "out"
@@ -126,7 +127,8 @@ def test_folds_are_scored_as_one_test_split(folded):
     _, folder, (row,) = folded
     scores = []
     for seed in (0, 1):
-        runs = [json.loads((folder / "Probe" / f"seed_{seed}" / f"fold_{k}" / "metrics.json").read_text()) for k in range(4)]  # fmt: skip
+        files = [folder / "Probe" / f"seed_{seed}" / f"fold_{k}" / "metrics.json" for k in range(4)]
+        runs = [json.loads(file.read_text()) for file in files]
         tested = [scene for run in runs for scene in run["data"]["splits"]["test"]["scenes"]]
         assert sorted(tested) == ["S_0", "S_1", "S_2", "S_3"]
         total = torch.tensor([run["test"]["confusion"] for run in runs]).sum(0).double()

@@ -51,5 +51,16 @@ def recoloured(image: Tensor, strength: float) -> Tensor:
     return image * gain.exp() + offset
 
 
+def reexposed(image: Tensor, strength: float) -> Tensor:
+    """Normalised bands (B, bands, H, W) of each image under another sun, ground and sensor: gain and offset of all
+    bands together and of each alone, normally distributed with deviation 0.15 * ``strength``, in log units and in
+    deviations of the band."""
+    per_image, per_band = (len(image), 1, 1, 1), (*image.shape[:2], 1, 1)
+    gain, offset = (
+        0.15 * strength * (torch.randn(per_image) + torch.randn(per_band)).to(image) for _ in ("gain", "offset")
+    )
+    return image * gain.exp() + offset
+
+
 def _uniform(shape: int | tuple[int, ...], low: float, high: float) -> Tensor:
     return torch.empty(shape).uniform_(low, high)

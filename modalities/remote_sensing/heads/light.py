@@ -71,16 +71,19 @@ class LightDecoder(_PixelHead):
 
 
 class PixelDecoder(_PixelHead):
-    """Bands at full resolution and maps of tokens, each to ``width`` channels, summed at every pixel and classified.
+    """Scores of every pixel's own bands, linear and at full resolution, plus scores of the tokens around it.
 
-    The first map is the image itself (a backbone's ``pixels: true``); a pixel is described by its bands and by how
-    they differ from the mean of their tile, since what is dark in one scene is bright in another. Nothing is
-    normalised inside, so that brightness, which tells clouds, is kept.
+    For classes that a spectrum tells half: clouds. The first map is the image itself (a backbone's ``pixels: true``).
+    A pixel is described by its bands and by how far they lie above the dark objects of its tile (Chavez, 1988: here
+    the darkest tenth of each band), since a shadow is dark beside its surroundings and not beside other scenes. Few
+    scenes train it, so this part is linear; the tokens' part starts at zero.
 
-    channels: of the backbone's maps, the image's bands first.  classes: number of classes.  width: channels inside.
-    dropout: probability of a channel of the fused tokens, in training.
+    channels: of the backbone's maps, the image's bands first.  classes: number of classes.
+    width: channels that the tokens are fused in.  dropout: probability of each of these channels, in training.
     ignore_index: value of ``mask`` without a label.  class_weights: of the cross entropy, one for each class.
     """
+
+    pace = 10.0  # the linear part learns this many times faster than the rest: it starts far from where it ends
 
     def __init__(
         self,
@@ -96,29 +99,37 @@ class PixelDecoder(_PixelHead):
         if width < 1 or not 0 <= dropout < 1:
             raise RequestError(f"head: width {width} is at least 1, dropout {dropout} from 0 to below 1")
         if len(channels) < 2:
-            raise RequestError("PixelDecoder needs the image and at least one map: a backbone with pixels: true")
+            raise RequestError("PixelDecoder needs the image and a map of tokens: a backbone with pixels: true")
         bands, *tokens = channels
-        self.spectrum = nn.Sequential(nn.Conv2d(2 * bands, width, 1), nn.GELU(), nn.Conv2d(width, width, 1))
-        self.texture, self.around = _separable(width, norm=False), _separable(width, norm=False)
+        self.spectrum = nn.Conv2d(2 * bands, classes, 1)
         self.project = nn.ModuleList(nn.Conv2d(c, width, 1) for c in tokens)
-        self.dropout = nn.Dropout2d(dropout)
-        self.join = nn.Sequential(nn.GELU(), nn.Conv2d(width, width, 1), nn.GELU())
+        self.around = _separable(width, norm=False)
+        self.dropout, self.mix = nn.Dropout2d(dropout), nn.Conv2d(width, width, 1)
         self.classify = nn.Conv2d(width, classes, 1)
+        for layer in (self.spectrum, self.classify):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         """Maps (B, bands, *size), (B, C_i, h_i, w_i) ... to logits (B, classes, *size)."""
         image, *maps = expected(features, 1 + len(self.project))
         if tuple(image.shape[2:]) != tuple(size):
-            raise RequestError(
-                f"PixelDecoder: the first map is {tuple(image.shape[2:])}, not the image's {tuple(size)}; "
-                "give the backbone pixels: true"
-            )
-        pixels = self.spectrum(torch.cat([image, image - image.mean((2, 3), keepdim=True)], 1))
-        pixels = pixels + self.texture(pixels)
+            found = " x ".join(map(str, image.shape[2:]))
+            raise RequestError(f"PixelDecoder: the first map is {found} pixels, not the image; set backbone.pixels")
+        pixels = self.pace * self.spectrum(torch.cat([image, image - dark_objects(image)], 1))
         grid = max((m.shape[2], m.shape[3]) for m in maps)
         tokens = torch.stack([resize(f(m), grid) for f, m in zip(self.project, maps, strict=True)]).sum(0)
         tokens = self.dropout(tokens + self.around(tokens))
-        return self.classify(self.join(pixels + resize(tokens, size)))
+        return pixels + resize(self.classify(F.gelu(self.mix(F.gelu(tokens)))), size)
+
+
+def dark_objects(image: Tensor, share: float = 0.1) -> Tensor:
+    """The value (B, bands, 1, 1) below which ``share`` of each band of an image (B, bands, H, W) lies.
+
+    Of means of 4 x 4 pixels, which single bad pixels hardly move.
+    """
+    coarse = F.avg_pool2d(image.float(), 4) if min(image.shape[2:]) >= 4 else image.float()
+    return coarse.flatten(2).quantile(share, 2)[:, :, None, None].to(image)
 
 
 class LinearHead(_PixelHead):

@@ -47,6 +47,16 @@ def test_any_bands_and_any_size(bands, size):
     assert features.summary.shape == (2, 192)
 
 
+def test_the_image_itself_is_the_first_map_where_asked_for():
+    plain, with_pixels = AerialViT(8).eval(), AerialViT(8, pixels=True).eval()
+    assert (plain.channels, with_pixels.channels) == ((192,) * 4, (8, 192, 192, 192, 192))
+    image = torch.randn(1, 8, 16, 24)
+    with torch.no_grad():
+        one, other = plain(image), with_pixels(image)
+    assert torch.equal(other.maps[0], image)
+    assert all(torch.equal(a, b) for a, b in zip(one.maps, other.maps[1:], strict=True))
+
+
 def test_eight_equal_bands_are_seen_as_the_mean_of_three():
     rgb, eight = AerialViT(3).eval(), AerialViT(8).eval()
     band = torch.randn(1, 1, 32, 32)

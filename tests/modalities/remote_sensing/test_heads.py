@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modalities.remote_sensing.heads import LightDecoder, LinearHead
+from modalities.remote_sensing.heads import LightDecoder, LinearHead, PixelDecoder
+from modalities.remote_sensing.heads.light import dark_objects
 from modalities.remote_sensing.losses import cross_entropy_dice
 from shared.backbone import Features
 from shared.errors import RequestError
@@ -119,3 +120,48 @@ def test_ignored_pixels_do_not_matter(seed: int, classes: int, share: float) -> 
     noisy = torch.where(ignored[:, None], torch.randn(2, classes, 6, 5, generator=generator), logits.detach())
     assert cross_entropy_dice(noisy, mask).item() == pytest.approx(loss.item(), rel=1e-6)
     assert ignored.all() or loss > 0
+
+
+# -- pixels and tokens ---------------------------------------------------------------------------------------------
+
+
+def test_a_pixel_is_scored_by_its_bands_their_height_over_the_dark_and_the_tokens_around_it() -> None:
+    head = PixelDecoder((3, 6, 6), 4, width=8).eval()
+    maps = features((3, 32, 32), (6, 4, 4), (6, 4, 4))
+    assert torch.equal(head(maps, (32, 32)), torch.zeros(2, 4, 32, 32))  # both parts start at zero
+    with torch.no_grad():
+        head.spectrum.weight.normal_()
+        head.spectrum.bias.normal_()
+    image = maps.maps[0]
+    described = torch.cat([image, image - dark_objects(image)], 1)
+    expected = 10 * torch.einsum("kc,bchw->bkhw", head.spectrum.weight[:, :, 0, 0], described)
+    expected += 10 * head.spectrum.bias[:, None, None]
+    torch.testing.assert_close(head(maps, (32, 32)), expected)
+    torch.nn.init.normal_(head.classify.weight)
+    assert (head(maps, (32, 32)) - expected).abs().max() > 0.01
+    changed = Features((image, *(m.roll(1, 3) for m in maps.maps[1:])), maps.summary)
+    assert (head(changed, (32, 32)) - head(maps, (32, 32))).abs().max() > 0.01
+
+
+def test_dark_objects_are_the_darkest_tenth_and_shift_with_the_band() -> None:
+    image = torch.arange(100.0).repeat_interleave(16).view(1, 1, 100, 4, 4).permute(0, 1, 3, 2, 4).reshape(1, 1, 4, 400)
+    assert dark_objects(image).item() == pytest.approx(9.9)  # a tenth of the way from 0 to 99
+    torch.testing.assert_close(dark_objects(image + 5), dark_objects(image) + 5)
+    assert dark_objects(torch.full((1, 2, 3, 3), 7.0)).tolist() == [[[[7.0]], [[7.0]]]]
+
+
+def test_pixel_decoder_trains_every_parameter_once_it_has_begun_and_refuses_maps_without_the_image() -> None:
+    head = PixelDecoder((3, 6), 4, width=8)
+    maps = features((3, 16, 16), (6, 2, 2))
+    optimiser = torch.optim.SGD(head.parameters(), lr=0.1)
+    for _ in range(2):
+        optimiser.zero_grad()
+        head.loss(head(maps, (16, 16)), torch.randint(0, 4, (2, 16, 16))).backward()
+        optimiser.step()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in head.parameters())
+    with pytest.raises(RequestError, match="the first map is 2 x 2 pixels, not the image; set backbone.pixels"):
+        PixelDecoder((6, 6), 4)(features((6, 2, 2), (6, 2, 2)), (16, 16))
+    with pytest.raises(RequestError, match="a backbone with pixels: true"):
+        PixelDecoder((6,), 4)
+    with pytest.raises(RequestError, match="dropout 1"):
+        PixelDecoder((3, 6), 4, dropout=1.0)
