@@ -13,7 +13,7 @@ install: .venv/installed
 	touch $@
 
 demo: install
-	$(BIN)/omniadapt compare quickstart --methods probe,lora,cloud_adapter,full
+	$(BIN)/omniadapt compare quickstart --methods probe,lora,cloud_adapter,full --seeds 0,1
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -145,7 +145,7 @@ def test_count_says_what_only_the_files_could_tell(say):
     data = "data={type: FolderScenes, images: gone, masks: gone, classes: [a, b]}"
     status, _, err = say("count", "quickstart", data)
     assert status == 2
-    assert "backbone: TimmViT needs bands, which neither the data's settings nor the backbone state" in err
+    assert "backbone: AerialViT needs bands, which neither the data's settings nor the backbone state" in err
 
 
 @pytest.fixture

@@ -79,7 +79,8 @@ class PixelDecoder(_PixelHead):
     scenes train it, so this part is linear; the tokens' part starts at zero.
 
     channels: of the backbone's maps, the image's bands first.  classes: number of classes.
-    width: channels that the tokens are fused in.  dropout: probability of each of these channels, in training.
+    width: channels that the tokens are fused in, 0 to leave the tokens out.  dropout: probability of each of these
+    channels, in training.
     ignore_index: value of ``mask`` without a label.  class_weights: of the cross entropy, one for each class.
     """
 
@@ -96,27 +97,31 @@ class PixelDecoder(_PixelHead):
         class_weights: Sequence[float] | None = None,
     ):
         super().__init__(classes, ignore_index, class_weights)
-        if width < 1 or not 0 <= dropout < 1:
-            raise RequestError(f"head: width {width} is at least 1, dropout {dropout} from 0 to below 1")
+        if width < 0 or not 0 <= dropout < 1:
+            raise RequestError(f"head: width {width} is at least 0, dropout {dropout} from 0 to below 1")
         if len(channels) < 2:
             raise RequestError("PixelDecoder needs the image and a map of tokens: a backbone with pixels: true")
         bands, *tokens = channels
+        self.maps, self.width = len(channels), width
         self.spectrum = nn.Conv2d(2 * bands, classes, 1)
+        _zero(self.spectrum)
+        if not width:
+            return
         self.project = nn.ModuleList(nn.Conv2d(c, width, 1) for c in tokens)
         self.around = _separable(width, norm=False)
         self.dropout, self.mix = nn.Dropout2d(dropout), nn.Conv2d(width, width, 1)
         self.classify = nn.Conv2d(width, classes, 1)
-        for layer in (self.spectrum, self.classify):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        _zero(self.classify)
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         """Maps (B, bands, *size), (B, C_i, h_i, w_i) ... to logits (B, classes, *size)."""
-        image, *maps = expected(features, 1 + len(self.project))
+        image, *maps = expected(features, self.maps)
         if tuple(image.shape[2:]) != tuple(size):
             found = " x ".join(map(str, image.shape[2:]))
             raise RequestError(f"PixelDecoder: the first map is {found} pixels, not the image; set backbone.pixels")
         pixels = self.pace * self.spectrum(torch.cat([image, image - dark_objects(image)], 1))
+        if not self.width:
+            return pixels
         grid = max((m.shape[2], m.shape[3]) for m in maps)
         tokens = torch.stack([resize(f(m), grid) for f, m in zip(self.project, maps, strict=True)]).sum(0)
         tokens = self.dropout(tokens + self.around(tokens))
@@ -171,6 +176,12 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(maps.shape[2:]) == tuple(size):
         return maps
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def _zero(layer: nn.Conv2d) -> None:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 def _norm(width: int) -> nn.GroupNorm:

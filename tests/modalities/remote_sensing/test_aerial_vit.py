@@ -18,10 +18,23 @@ from modalities.remote_sensing.scene_probe import (
     read_scenes,
     summaries,
 )
+from shared import LoRA, adapt
 from shared.errors import RequestError
+from shared.methods import Probe
 
 CARD = WEIGHTS.with_suffix(".md")
 RECIPE = Path(__file__).parents[3] / "recipes" / "remote_sensing" / "pretrain.yaml"
+
+
+class Summary(torch.nn.Module):
+    """Two classes from a backbone's summary."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(192, 2)
+
+    def forward(self, features, size):
+        return self.linear(features.summary)
 
 
 def test_the_weights_are_packaged_small_and_finite():
@@ -65,6 +78,26 @@ def test_eight_equal_bands_are_seen_as_the_mean_of_three():
     assert torch.allclose(eight.model.patch_embed.proj.weight.sum(1), expected, atol=1e-3)
     with torch.no_grad():
         assert torch.isfinite(eight(band.expand(-1, 8, -1, -1)).summary).all()
+
+
+def test_lora_on_the_patch_kernel_tells_bands_apart_that_share_the_repeated_kernel():
+    """Bands 0 and 3 both have the red kernel: which of the two is bright shows only once the kernel is adapted."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, 2, (64,), generator=generator)
+    images = 0.1 * torch.randn(64, 8, 16, 16, generator=generator)
+    images[torch.arange(64), 3 * labels] += 2 * torch.rand(64, 1, 1, generator=generator)
+    right = {}
+    for method in (Probe(), LoRA(rank=4, roles=("conv",))):
+        torch.manual_seed(0)
+        model = adapt(AerialViT(8), method, head=Summary())
+        optimiser = torch.optim.AdamW(model.trainable().values(), lr=0.01)
+        for _ in range(12):
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(model(images[:48]), labels[:48]).backward()
+            optimiser.step()
+        right[type(method)] = (model.eval()(images[48:]).argmax(1) == labels[48:]).float().mean().item()
+    assert right[Probe] < 0.8
+    assert right[LoRA] > 0.9
 
 
 def test_random_weights_follow_from_the_seed_and_differ_from_ours():

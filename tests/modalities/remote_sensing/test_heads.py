@@ -139,6 +139,9 @@ def test_a_pixel_is_scored_by_its_bands_their_height_over_the_dark_and_the_token
     torch.testing.assert_close(head(maps, (32, 32)), expected)
     torch.nn.init.normal_(head.classify.weight)
     assert (head(maps, (32, 32)) - expected).abs().max() > 0.01
+    alone = PixelDecoder((3, 6, 6), 4, width=0)
+    alone.load_state_dict({n: t for n, t in head.state_dict().items() if n.startswith("spectrum.")})
+    torch.testing.assert_close(alone(maps, (32, 32)), expected)
     changed = Features((image, *(m.roll(1, 3) for m in maps.maps[1:])), maps.summary)
     assert (head(changed, (32, 32)) - head(maps, (32, 32))).abs().max() > 0.01
 

@@ -83,6 +83,30 @@ def task(head: Any = None, method: Any = None, **settings: Any) -> Segmentation:
     return Segmentation(model, Data(), Optimiser(**{"learning_rate": 1e-2, **settings}))
 
 
+def test_exposure_changes_training_images_and_nothing_else() -> None:
+    batch = next(iter(Data().validation()))
+    plain, exposed = task(), task()
+    exposed.exposure = 1.0
+    assert plain.loss(batch).item() == plain.loss(batch).item()
+    assert exposed.loss(batch).item() != exposed.loss(batch).item()
+    for one in (plain, exposed):
+        one.eval()
+        one.evaluate(batch)
+    assert plain.results() == exposed.results()
+    model = plain.model
+    with pytest.raises(RequestError, match=r"task.exposure -1.0: use 0"):
+        Segmentation(model, Data(), Optimiser(), exposure=-1.0)
+
+
+def test_splits_are_pooled_by_pixels_and_not_averaged() -> None:
+    counts = torch.tensor([[[90, 0], [10, 0]], [[0, 0], [5, 5]]])
+    splits = [{"loss": loss, **measure(c, ("a", "b"))} for loss, c in zip((1.0, 2.0), counts, strict=True)]
+    pooled = Segmentation.pooled(splits)
+    assert pooled == {"loss": 1.5, **measure(counts.sum(0), ("a", "b"))}
+    assert pooled["miou"] == pytest.approx((90 / 105 + 5 / 20) / 2)
+    assert pooled["miou"] != pytest.approx((splits[0]["miou"] + splits[1]["miou"]) / 2)
+
+
 # -- numbers -------------------------------------------------------------------------------------------------------
 
 

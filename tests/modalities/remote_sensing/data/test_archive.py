@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from modalities.remote_sensing.data.archive import GeneratedTextures, PhotographArchive
-from modalities.remote_sensing.data.augment import crop_and_colour, recoloured
+from modalities.remote_sensing.data.augment import crop_and_colour, recoloured, reexposed
 from shared.errors import RequestError
 
 
@@ -146,3 +146,17 @@ def test_crops_show_all_eight_orientations():
     shown = crop_and_colour(corner, 16, smallest=1.0, colour=0.0)[:, 0]
     quarters = torch.stack([shown[:, y : y + 8, x : x + 8].mean((1, 2)) for y in (0, 8) for x in (0, 8)], 1)
     assert set(quarters.argmax(1).tolist()) == {0, 1, 2, 3}
+
+
+def test_exposure_is_one_gain_and_one_offset_for_each_band_of_each_image():
+    image = torch.randn(400, 3, 4, 4)
+    assert torch.equal(reexposed(image, 0.0), image)
+    changed = reexposed(image, 1.0)
+    first, second = image[:, :, 0, 0], image[:, :, 3, 3]
+    gain = (changed[:, :, 3, 3] - changed[:, :, 0, 0]) / (second - first)
+    offset = changed[:, :, 0, 0] - gain * first
+    assert torch.allclose(gain[:, :, None, None] * image + offset[:, :, None, None], changed, atol=1e-2)
+    assert gain.log().std().item() == pytest.approx(0.15 * 2**0.5, rel=0.1)
+    assert offset.std().item() == pytest.approx(0.15 * 2**0.5, rel=0.1)
+    together = torch.corrcoef(offset.T)[0, 1].item()  # half of the variance is the image's, half the band's
+    assert together == pytest.approx(0.5, abs=0.12)
