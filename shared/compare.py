@@ -108,11 +108,12 @@ def _run(one: Planned, output: Path, data: Any) -> dict[str, Any]:
     from shared.run import METRICS, RECIPE, check_same, run
 
     folder = output / one.place
-    if (folder / METRICS).is_file():
+    if begun := (folder / RECIPE).is_file():
         check_same(one.recipe, folder / RECIPE)
+    if (folder / METRICS).is_file():
         return json.loads((folder / METRICS).read_text())
     _forget_peak()
-    return run(one.recipe, folder, resume=(folder / RECIPE).is_file(), data=data)
+    return run(one.recipe, folder, resume=begun, data=data)
 
 
 def _together(recipe: Recipe, results: Sequence[dict[str, Any]]) -> dict[str, Any]:

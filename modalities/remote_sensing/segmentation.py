@@ -21,11 +21,10 @@ from shared.training.task import Task
 class Segmentation(Task):
     """Trains and measures an adapted model whose head offers ``loss`` and ``predict``.
 
-    exposure: strength of random changes of gain and offset of training images and their bands
-    (``data.augment.reexposed``), for scenes whose light and ground differ from those trained on.
-
     model: with a head.  data: it gives ``classes`` (names), ``bands`` and ``ignore_index``; its batches hold ``image``
     (B, bands, H, W), ``mask`` (B, H, W) and ``name``.
+    exposure: strength of random changes of gain and offset of training images and their bands
+    (``data.augment.reexposed``), for test scenes whose light and ground are other than those trained on.
 
     Results of a split: ``loss`` (mean over samples) and those of ``measure``.
     """
@@ -77,8 +76,7 @@ class Segmentation(Task):
     def pooled(cls, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """From the sum of the confusion matrices, so that every pixel counts once; ``loss`` is the splits' mean."""
         classes = [name.partition("/")[2] for name in results[0] if name.startswith("iou/")]
-        total = sum(torch.tensor(one["confusion"]) for one in results)
-        assert isinstance(total, Tensor)
+        total = torch.tensor([one["confusion"] for one in results]).sum(0)
         return {"loss": sum(one["loss"] for one in results) / len(results), **measure(total, classes)}
 
     @torch.no_grad()
