@@ -129,13 +129,11 @@ def test_a_pixel_is_scored_by_its_bands_their_height_over_the_dark_and_the_token
     head = PixelDecoder((3, 6, 6), 4, width=8).eval()
     maps = features((3, 32, 32), (6, 4, 4), (6, 4, 4))
     assert torch.equal(head(maps, (32, 32)), torch.zeros(2, 4, 32, 32))  # both parts start at zero
-    with torch.no_grad():
-        head.spectrum.weight.normal_()
-        head.spectrum.bias.normal_()
+    weight, bias = torch.randn(4, 6), torch.randn(4)
+    head.spectrum.load_state_dict({"weight": weight[:, :, None, None], "bias": bias})
     image = maps.maps[0]
     described = torch.cat([image, image - dark_objects(image)], 1)
-    expected = 10 * torch.einsum("kc,bchw->bkhw", head.spectrum.weight[:, :, 0, 0], described)
-    expected += 10 * head.spectrum.bias[:, None, None]
+    expected = 10 * torch.einsum("kc,bchw->bkhw", weight, described) + 10 * bias[:, None, None]
     torch.testing.assert_close(head(maps, (32, 32)), expected)
     torch.nn.init.normal_(head.classify.weight)
     assert (head(maps, (32, 32)) - expected).abs().max() > 0.01
