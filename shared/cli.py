@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -105,9 +104,9 @@ def _parser() -> _Parser:
     predict.add_argument("--bands", metavar="N,N", type=_numbers, help="which bands to read, whatever their names")
     predict.add_argument("--overwrite", action="store_true", help="replace what is there")
     add("count", "Count a recipe's parameters without loading weights or data.", recipe, as_json)
-    add("list", "List what there is.", as_json).add_argument(
-        "what", choices=LISTS, help=", ".join(LISTS), metavar="WHAT"
-    )
+    listing = add("list", "List what there is.", as_json)
+    listing.add_argument("what", choices=LISTS, help=", ".join(LISTS), metavar="WHAT")
+    listing.add_argument("filters", metavar="key=value", nargs="*", help="of methods, such as mergeable=yes")
     add("show", "Show a class with its settings, or the text of a recipe.").add_argument("what", metavar="NAME")
     add("inspect", "Show what an adapter file holds.").add_argument("file", metavar="FILE", type=Path)
     return parser
@@ -165,22 +164,14 @@ def _count(asked: argparse.Namespace) -> None:
 
 
 def _list(asked: argparse.Namespace) -> None:
-    rows = _rows(asked.what)
+    from shared import listing
+
+    rows = listing.rows(LISTS[asked.what], asked.filters)
     if asked.json:
         print(json.dumps(rows))
         return
-    width = max((len(row["name"]) for row in rows), default=0)
-    room = shutil.get_terminal_size().columns - width - 2 if sys.stdout.isatty() else sys.maxsize
-    for row in rows:
-        print(f"{row['name']:<{width}}  {textwrap.shorten(row['summary'], max(room, 20), placeholder=' …')}")
-
-
-def _rows(what: str) -> list[dict[str, str]]:
-    from shared import catalog, recipe
-
-    if what == "recipes":
-        return [{"name": name, "summary": recipe.summary(recipe.locate(name))} for name in recipe.names()]
-    return [{"name": e.name, "summary": e.summary, "module": e.module} for e in catalog.entries(LISTS[what])]
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    print("\n".join(listing.lines(rows, columns)))
 
 
 def _show(asked: argparse.Namespace) -> None:

@@ -47,8 +47,11 @@ class Segmentation(Task):
     def head(self) -> Any:
         return self.model.head
 
-    def loss(self, batch: dict[str, Any]) -> Tensor:
-        return self.head.loss(self.model(batch["image"]), batch["mask"])
+    def outputs(self, batch: dict[str, Any]) -> Any:
+        return self.model(batch["image"])
+
+    def criterion(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
+        return self.head.loss(outputs, batch["mask"])
 
     def evaluate(self, batch: dict[str, Any]) -> None:
         image, mask = batch["image"], batch["mask"]

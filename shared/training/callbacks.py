@@ -44,6 +44,9 @@ class Order(Callback):
             if hasattr(sampler, "set_epoch"):  # Lightning does it too, but after the first epoch's iterator was made
                 sampler.set_epoch(epoch)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        pl_module.seed = self.seed
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.current_epoch != self.first:  # the first epoch's iterator exists already: see Feed
             self.start(trainer.current_epoch, trainer.global_rank)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +21,11 @@ class Task(LightningModule):
 
     Its state dict is ``model.trained_state()``: a checkpoint never holds frozen weights, and loading is strict.
 
+    Those whose ``loss`` is one of the model's outputs give these two instead of it, ``outputs`` and ``criterion``: so
+    methods can train that need several passes.
+
     monitor: the metric that picks the best checkpoint ("<split>/<name of results()>"); an engine may name another.
+    seed: of the run.
     outcome: the results of the last evaluation of each split.
     """
 
@@ -30,12 +34,20 @@ class Task(LightningModule):
     def __init__(self, model: Adapted, optimiser: Optimiser):
         super().__init__()
         self.model, self.optimiser = model, optimiser
-        self.total_steps = 1
+        self.total_steps, self.seed = 1, 0
         self.outcome: dict[str, dict[str, Any]] = {}
         self._proved = False
 
     def loss(self, batch: Any) -> Tensor:
         """The scalar training loss of a batch, without the methods' extra losses."""
+        return self.criterion(self.outputs(batch), batch)
+
+    def outputs(self, batch: Any) -> Any:
+        """What the model says of a batch, such as logits (B, classes)."""
+        raise RequestError(f"{type(self).__name__} gives a loss but no outputs, which this method trains on")
+
+    def criterion(self, outputs: Any, batch: Any) -> Tensor:
+        """The scalar training loss of such outputs."""
         raise NotImplementedError
 
     def evaluate(self, batch: Any) -> None:
@@ -66,11 +78,21 @@ class Task(LightningModule):
         optimiser, schedule = self.optimiser.build(self.model, self.total_steps)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_fit_start(self) -> None:
+        if self.trainer.ckpt_path is None:  # a checkpoint holds what was prepared
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                self.model.prepare(_Moved(self), self._plain_loss)
+
+    def _plain_loss(self, batch: Any) -> Tensor:
+        with self.trainer.strategy.precision_plugin.train_step_context():
+            return self.loss(batch)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.model.step(self.global_step)
+        self.model.step(self.global_step, self.seed)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self.loss(batch) + self.model.penalty()
+        loss = self.model.loss(self, batch) + self.model.penalty()
         self._last = loss.detach(), list(batch["name"]) if isinstance(batch, Mapping) and "name" in batch else []
         self.log("train/loss", self._last[0], prog_bar=True)
         self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
@@ -128,6 +150,21 @@ class Task(LightningModule):
     ) -> _IncompatibleKeys:
         self.model.load_trained_state(state_dict, "checkpoint")
         return _IncompatibleKeys([], [])
+
+
+class _Moved:
+    """The training batches, on the task's device."""
+
+    def __init__(self, task: Task):
+        self.task = task
+
+    def __iter__(self) -> Iterator[Any]:
+        feed: Any = self.task.trainer.datamodule  # type: ignore[attr-defined]
+        return (self.task.trainer.strategy.batch_to_device(batch) for batch in feed.loaders["train"])
+
+    def __len__(self) -> int:
+        feed: Any = self.task.trainer.datamodule  # type: ignore[attr-defined]
+        return len(feed.loaders["train"])
 
 
 def _first(names: list[str], most: int = 5) -> str:

@@ -72,7 +72,9 @@ def _attention(path: str, attention: Any, depth: int, prefix: int, width: int) -
     """The whole, its query, key and value (rows of one fused projection or three of their own), its output."""
     yield Site("attention", depth, path, attention, parameter=None, prefix=prefix, width=width)
     if attention.qkv is not None:
-        third = attention.qkv.out_features // 3
+        whole = attention.qkv.out_features
+        third = whole // 3
+        yield Site("attention.qkv", depth, f"{path}.qkv", attention.qkv, prefix=prefix, width=whole)
         for i, role in enumerate(QKV):
             rows = (i * third, (i + 1) * third)
             yield Site(role, depth, f"{path}.qkv", attention.qkv, rows=rows, prefix=prefix, width=third)

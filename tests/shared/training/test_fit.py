@@ -257,13 +257,28 @@ def test_a_tensor_that_never_trains_is_an_error(tmp_path: Path) -> None:
 def test_extra_losses_and_steps_reach_the_model(tmp_path: Path) -> None:
     task = line()
     steps: list[int] = []
-    task.model.step = steps.append  # type: ignore[method-assign]
+    task.model.step = lambda number, seed: steps.append(number)  # type: ignore[method-assign]
     weight = task.model.trainable()["head.weight"]
     task.model.penalty = lambda: (1000 * (weight - 1).square()).sum()  # type: ignore[method-assign]
     fit(task, Data(), Engine(epochs=6), tmp_path)
     assert steps == list(range(30))
     moved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["state_dict"]["head.weight"]
     assert moved.min() > 0.03  # every weight went towards 1
+
+
+def test_a_run_prepares_once_with_all_training_batches(tmp_path: Path) -> None:
+    seen: list[tuple[int, float]] = []
+
+    def prepare(batches, loss):
+        losses = [float(loss(batch).detach()) for batch in batches]
+        seen.append((len(losses), sum(losses)))
+
+    for epochs, resume in ((2, False), (4, True)):
+        task = line()
+        task.model.prepare = prepare  # type: ignore[method-assign]
+        fit(task, Data(), Engine(epochs=epochs), tmp_path, resume=resume)
+    assert [count for count, _ in seen] == [5]
+    assert seen[0][1] > 0
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64"])
