@@ -82,7 +82,7 @@ def count(record: Record, method: Any, sites: Any) -> int:
     """The number of parameters that the record's formulas give for ``method`` at the selected ``sites``."""
     import math
 
-    allowed = {"__builtins__": {}, "min": min, "max": max, "int": int, "len": len, "ceil": math.ceil}
+    allowed = {"__builtins__": {}, "min": min, "max": max, "int": int, "len": len, "str": str, "ceil": math.ceil}
     arguments = {name: getattr(method, name) for name in method.__dataclass_fields__}
     total = eval(record.once, allowed, arguments | {"sites": len(sites)})  # our own source, not a user's
     for site in sites:

@@ -101,7 +101,8 @@ def close(a: Tensor, b: Tensor, limit: float = 2e-5) -> bool:
 def identity_at_start(case: Case) -> None:
     assert torch.equal(out(case.model, case.inputs), case.bare)
     case.model.train()
-    assert torch.equal(rows(case.model(*case.inputs)).detach(), case.bare_with_gradients)
+    # Which of torch's attention kernels runs depends on what asks for gradients: equal within rounding.
+    assert close(rows(case.model(*case.inputs)).detach(), case.bare_with_gradients, 1e-6)
 
 
 @capability
