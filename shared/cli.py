@@ -126,12 +126,14 @@ def _numbers(text: str) -> list[int]:
 def _run(asked: argparse.Namespace) -> None:
     from shared import recipe, run
     from shared.report.terminal import print_run
+    from shared.training.processes import rank
 
     chosen = recipe.load(asked.recipe, asked.overrides, tiny=asked.tiny)
     folder = run.directory(chosen, asked.output, resume=asked.resume)
     found = run.run(chosen, folder, resume=asked.resume)
-    print_run(found)
-    print(f"page: {folder / run.PAGE}")
+    if rank() == 0:
+        print_run(found)
+        print(f"page: {folder / run.PAGE}")
 
 
 def _compare(asked: argparse.Namespace) -> None:

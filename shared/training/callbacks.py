@@ -1,9 +1,8 @@
-"""What happens beside the training loop: data order, checkpoints, the end of a run, and its measured cost."""
+"""What happens beside the training loop: seeds, checkpoints, the end of a run, and its measured cost."""
 
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import statistics
 import sys
@@ -12,81 +11,49 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer
-from torch.utils.data import DataLoader
+from lightning.pytorch import Callback, Trainer
 
 from shared.errors import RequestError, WorkError
+from shared.training.feed import EVALUATION, STEP, seed_all
 
 
 class Order(Callback):
-    """Reseeds everything random in every epoch, so that a resumed run goes on as if never interrupted.
+    """Seeds everything random, so that a resumed run goes on as if never interrupted.
 
-    The seeds follow from the one in force when the run began, which checkpoints keep. The order of samples has a
-    generator of its own: how much else is drawn when an epoch's iterator is made depends on whether it is the first.
-    Augmentation in workers that outlive an epoch is beyond reach: there it must follow from the sample's index.
+    All follows from the seed in force when the run began (process 0's), which checkpoints keep: a sample's random
+    numbers from its place in the epoch (see ``feed``), a step's from its number. What a method draws in ``step`` is the
+    same in every process; what the model draws after it, such as dropout, is each process's own. An evaluation draws
+    the same numbers every time, whichever process a batch falls to.
     """
 
-    def __init__(self, loader: DataLoader):
-        self.seed, self.first = torch.initial_seed(), 0
-        found = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
-        self.samplers: list[Any] = [sampler for sampler in found if sampler is not None]
-        self.loader, self.generator = loader, torch.Generator()
-        for sampler in self.samplers:
-            if hasattr(sampler, "generator"):
-                sampler.generator = self.generator
+    def __init__(self):
+        self.seed = torch.initial_seed()
 
-    def start(self, epoch: int, rank: int) -> None:
-        """Before an epoch's iterator is made."""
-        self.generator.manual_seed(_seed_all(self.seed, epoch, rank))
-        for sampler in self.samplers:
-            if hasattr(sampler, "set_epoch"):  # Lightning does it too, but after the first epoch's iterator was made
-                sampler.set_epoch(epoch)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        if trainer.current_epoch != self.first:  # the first epoch's iterator exists already: see Feed
-            self.start(trainer.current_epoch, trainer.global_rank)
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self.seed = trainer.strategy.broadcast(self.seed)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:
-            _seed_all(self.seed + 1, trainer.current_epoch, trainer.global_rank)
+        feed: Any = trainer.datamodule  # type: ignore[attr-defined]
+        pl_module.weight = feed.shares.weights[batch_idx]
+        seed_all(self.seed, STEP, trainer.current_epoch, batch_idx)
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        self._evaluate("validation", trainer, pl_module, batch_idx)
+
+    def on_test_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        self._evaluate("test", trainer, pl_module, batch_idx)
+
+    def _evaluate(self, split: str, trainer: Trainer, pl_module: Any, step: int) -> None:
+        feed: Any = trainer.datamodule  # type: ignore[attr-defined]
+        pl_module.counts = feed.turns[split].counts(step)
+        seed_all(self.seed, EVALUATION, feed.turns[split].number(step))
 
     def state_dict(self) -> dict[str, Any]:
         return {"seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seed = state_dict["seed"]
-
-
-def _seed_all(seed: int, epoch: int, rank: int) -> int:
-    """Seed Python, NumPy and torch with a number of 32 bits that is another for every seed, epoch and process."""
-    number = int(np.random.SeedSequence([seed % 2**64, epoch, rank]).generate_state(1)[0])
-    random.seed(number)
-    np.random.seed(number)
-    torch.manual_seed(number)
-    return number
-
-
-class Feed(LightningDataModule):
-    """Hands the loaders to Lightning, seeded before the first epoch's iterator is made."""
-
-    def __init__(self, loaders: dict[str, DataLoader], order: Order):
-        super().__init__()
-        self.loaders, self.order = loaders, order
-
-    def train_dataloader(self) -> DataLoader:
-        assert self.trainer is not None
-        progress: Any = self.trainer.fit_loop.epoch_progress.current
-        self.order.first = progress.processed  # current_epoch is not yet restored here
-        self.order.start(self.order.first, self.trainer.global_rank)
-        return self.order.loader
-
-    def val_dataloader(self) -> DataLoader:
-        return self.loaders["validation"]
-
-    def test_dataloader(self) -> DataLoader:
-        return self.loaders["test"]
 
 
 class Checkpoints(Callback):

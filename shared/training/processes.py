@@ -1,0 +1,75 @@
+"""Processes: which of a run's processes this is, and how they are started on one machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from shared.errors import RequestError, WorkError
+
+
+def launched() -> bool:
+    """Whether this process was started by torchrun or ``launch``, as one of a group."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def rank() -> int:
+    """The number of this process in its group; process 0 writes and prints."""
+    return int(os.environ["RANK"]) if launched() else 0
+
+
+def world() -> int:
+    """The number of processes in the group."""
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
+def launch(count: int, function: Callable[..., Any], *args: Any) -> Any:
+    """Call ``function(*args)`` in ``count`` new processes on this machine, as torchrun would; give what the first returns.
+
+    function: at the top of a module; it, ``args`` and what it returns must pickle.
+
+    Raises the RequestError or WorkError of the process that failed first, WorkError for other failures; the other
+    processes are ended then, and where this one is.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        1, 1, count, run_id=uuid.uuid4().hex, max_restarts=0,
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
+    )  # fmt: skip
+    # torch logs what is raised here, and leaves its signal handlers behind.
+    log = logging.getLogger("torch")
+    level, handlers = log.level, {number: signal.getsignal(number) for number in _STOPS}
+    log.setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns where no step left a parameter out
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    try:
+        return elastic_launch(config, function)(*args)[0]
+    except ChildFailedError as failed:
+        raise _cause(failed) from None
+    except SignalException as stopped:
+        if stopped.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise WorkError(f"stopped by {stopped.sigval.name}") from None
+    finally:
+        log.setLevel(level)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+def _cause(failed: Any) -> Exception:
+    """The failure of the process that failed first, of its own kind."""
+    number, failure = failed.get_first_failure()
+    said = failure.message if isinstance(failure.message, str) else failure.message["message"]
+    kind, _, text = said.partition(": ")
+    known = {"RequestError": RequestError, "WorkError": WorkError}
+    return known[kind](text) if kind in known else WorkError(f"process {number} failed: {said}")
