@@ -28,9 +28,11 @@ def world() -> int:
 
 
 def launch(count: int, function: Callable[..., Any], *args: Any) -> Any:
-    """Call ``function(*args)`` in ``count`` new processes on this machine, as torchrun would; give what the first returns.
+    """Call ``function(*args)`` in ``count`` new processes on this machine, as torchrun would.
 
     function: at the top of a module; it, ``args`` and what it returns must pickle.
+
+    Returns what the first process returns.
 
     Raises the RequestError or WorkError of the process that failed first, WorkError for other failures; the other
     processes are ended then, and where this one is.
