@@ -42,7 +42,7 @@ class Key(NamedTuple):
 
 
 class Seeded(Dataset):
-    """A data set whose random numbers follow from the key alone, whatever the worker, the process and what came before."""
+    """A data set whose random numbers follow from the key alone: no matter which worker or process, or what came before."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -55,8 +55,9 @@ class Seeded(Dataset):
 class Shares(Sampler):
     """This process's shares of an epoch's training batches, the same number of steps in every process.
 
-    progress: ``processed`` is the epoch when its iterator is made.  Process ``rank`` of ``world`` takes every ``world``-th sample of a batch; of
-    one with fewer samples than processes, those without a sample take the first, at weight 0.
+    progress: ``processed`` is the epoch when its iterator is made.  rank, world: process ``rank`` takes every
+    ``world``-th sample of a batch; of one with fewer samples than processes, those left without take the first, at
+    weight 0.
 
     weights: of the shares handed out in this epoch, by batch: share of the samples times ``world``. Averaged over
     processes, losses times weights are the loss of the whole batch.

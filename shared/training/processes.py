@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import uuid
@@ -52,7 +53,7 @@ def launch(count: int, function: Callable[..., Any], *args: Any) -> Any:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns where no step left a parameter out
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     try:
-        return elastic_launch(config, function)(*args)[0]
+        return elastic_launch(config, _work)(function, *args)[0]
     except ChildFailedError as failed:
         raise _cause(failed) from None
     except SignalException as stopped:
@@ -63,6 +64,11 @@ def launch(count: int, function: Callable[..., Any], *args: Any) -> Any:
         log.setLevel(level)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _work(function: Callable[..., Any], *args: Any) -> Any:
+    multiprocessing.set_start_method(None, force=True)  # else the workers of loaders are spawned too, for seconds each
+    return function(*args)
 
 
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)

@@ -135,7 +135,8 @@ class Task(LightningModule):
 
     def _report(self, split: str) -> None:
         found = self.outcome[split] = self.results()
-        if self.trainer.world_size > 1 and repr(self.trainer.strategy.broadcast(found)) != repr(found):
+        processes = self.trainer.strategy
+        if not processes.reduce_boolean_decision(repr(processes.broadcast(found)) == repr(found)):
             raise WorkError(f"{type(self).__name__}.results() differ between processes: keep sums in torchmetrics")
         self.log_dict({f"{split}/{n}": float(v) for n, v in found.items() if isinstance(v, (int, float))})
 

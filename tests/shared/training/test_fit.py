@@ -48,7 +48,7 @@ def test_the_loss_falls_and_the_model_holds_its_best_state(tmp_path: Path) -> No
     assert found["best"]["value"] == pytest.approx(min(checked), rel=1e-5)
     assert found["best"]["epoch"] == checked.index(min(checked)) + 1
     assert found["test"]["loss"] == pytest.approx(min(checked), rel=1e-5)  # the test split is the validation split
-    assert found["test"]["points"] == ["p"]
+    assert found["test"]["points"] == [8]
     assert (found["epochs"], found["steps"]) == (30, 150)
 
 
