@@ -138,7 +138,10 @@ def _run(asked: argparse.Namespace) -> None:
 
 def _compare(asked: argparse.Namespace) -> None:
     from shared import compare, recipe
+    from shared.training.processes import launched
 
+    if launched():
+        raise RequestError("compare starts its processes itself: call it without torchrun, with trainer.devices=N")
     chosen = recipe.load(asked.recipe, asked.overrides, tiny=asked.tiny)
     compare.compare(chosen, asked.methods, asked.seeds, asked.output)
 

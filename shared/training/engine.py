@@ -75,6 +75,8 @@ class Engine:
                 raise RequestError(f"trainer.{key} {value}: use a number above 0")
         if self.strategy != "auto" and self.processes == 1:
             raise RequestError(f"trainer.strategy {self.strategy!r} is for several processes: give trainer.devices too")
+        if self.strategy == "fsdp" and self.precision == "16-mixed":
+            raise RequestError("trainer.precision '16-mixed' cannot be scaled under 'fsdp': use 'bf16-mixed'")
 
     @property
     def processes(self) -> int:
