@@ -8,9 +8,12 @@ import os
 import signal
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shared.errors import RequestError, WorkError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def launched() -> bool:
@@ -26,6 +29,20 @@ def rank() -> int:
 def world() -> int:
     """The number of processes in the group."""
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum of ``tensor`` over all processes; alone, itself.
+
+    Its gradient is right where every process makes the same loss of it and gradients are then averaged, as DDP does.
+    """
+    if world() == 1:
+        return tensor
+    import torch.distributed
+
+    summed = tensor.detach().clone()
+    torch.distributed.all_reduce(summed)
+    return summed + world() * (tensor - tensor.detach())  # the last is 0 and carries the gradient
 
 
 def launch(count: int, function: Callable[..., Any], *args: Any) -> Any:

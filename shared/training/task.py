@@ -28,7 +28,7 @@ class Task(LightningModule):
 
     monitor: the metric that picks the best checkpoint ("<split>/<name of results()>"); an engine may name another.
     outcome: the results of the last evaluation of each split.
-    weight: of this process's share of the training batch (see ``feed.Shares``); losses are means over samples.
+    weight: of this process's share of the training batch (see ``feed.Shares``).
     counts: whether the evaluated batch counts, or only fills up this process's turns.
     """
 
@@ -45,6 +45,12 @@ class Task(LightningModule):
     def loss(self, batch: Any) -> Tensor:
         """The scalar training loss of a batch, without the methods' extra losses."""
         raise NotImplementedError
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether ``loss`` is, where processes share a batch, that of the whole batch in each: for losses that are no
+        means over samples, made from sums of ``processes.total``, to which a share of weight 0 adds nothing."""
+        return False
 
     def evaluate(self, batch: Any) -> None:
         """Add a batch to the metrics."""
@@ -82,7 +88,7 @@ class Task(LightningModule):
         seed_all(torch.initial_seed(), self.global_rank)  # from here on each draws its own
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self.weight * (self.loss(batch) + self.model.penalty())
+        loss = (1.0 if self.adds_up else self.weight) * self.loss(batch) + self.weight * self.model.penalty()
         self._last = loss.detach(), list(batch["name"]) if isinstance(batch, Mapping) and "name" in batch else []
         self.log("train/loss", self._last[0], prog_bar=True, sync_dist=self.trainer.world_size > 1)
         self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
