@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,14 +37,14 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, data: Any = None)
     Returns what ``metrics.json`` holds: ``test`` results, ``parameters`` by role, ``cost``, ``steps``, ``epochs``,
     ``best`` (which state was tested), and facts of the run. Raises RequestError and WorkError as the parts do.
     """
-    from shared.report.run_page import write_run_page
-    from shared.training.engine import BEST, fit, read_checkpoint
+    from shared.training.engine import available, fit
 
     engine = recipe.build("trainer")
     if engine.processes > 1 and not processes.launched():
         if engine.nodes > 1:
             raise RequestError(f"trainer.nodes {engine.nodes}: start omniadapt on every node through torchrun (README)")
-        return processes.launch(engine.devices, _in_process, recipe, output, resume)
+        return processes.launch(engine.devices, partial(run, recipe, output, resume=resume))
+    available(engine)
     # Everything is built and all data read once before the directory exists: a wrong request leaves nothing behind.
     data = recipe.build("data") if data is None else data
     task = _task(recipe, data)
@@ -61,23 +62,24 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, data: Any = None)
         results = fit(task, data, engine, output, resume=resume)
         _log.info("test %s", json.dumps(results["test"]))
         found = {**results, "seed": recipe.seed, "parameters": parameters, "data": described, "versions": versions()}
-        if not first:
-            return found
+        return _written(recipe, output, found, task, data) if first else found
 
-        if engine.strategy == "fsdp":  # the trained model is divided: a whole one takes its place
-            task = _task(recipe, data)
-            task.load_state_dict(read_checkpoint(output / BEST)["state_dict"])
-        model: Adapted = task.model
-        model.save(output / ADAPTER, metrics=scalars(results["test"]), extra={"recipe": recipe.tree, "data": described})
-        found |= weights(model) | {"file_bytes": (output / ADAPTER).stat().st_size}
-        write_atomically(output / METRICS, json.dumps(found, indent=1).encode())
-        write_run_page(output, recipe, found, task.pictures(data))
-        _log.info("done: %s", output / PAGE)
+
+def _written(recipe: Recipe, output: Path, found: dict[str, Any], task: Any, data: Any) -> dict[str, Any]:
+    """What a run found, completed, after the adapter file, the metrics and the page are written."""
+    from shared.report.run_page import write_run_page
+    from shared.training.engine import BEST, read_checkpoint
+
+    if recipe.build("trainer").strategy == "fsdp":  # the trained model is divided: a whole one takes its place
+        task = _task(recipe, data)
+        task.load_state_dict(read_checkpoint(output / BEST)["state_dict"])
+    model: Adapted = task.model
+    model.save(output / ADAPTER, metrics=scalars(found["test"]), extra={"recipe": recipe.tree, "data": found["data"]})
+    found = found | weights(model) | {"file_bytes": (output / ADAPTER).stat().st_size}
+    write_atomically(output / METRICS, json.dumps(found, indent=1).encode())
+    write_run_page(output, recipe, found, task.pictures(data))
+    _log.info("done: %s", output / PAGE)
     return found
-
-
-def _in_process(recipe: Recipe, output: Path, resume: bool) -> dict[str, Any]:
-    return run(recipe, output, resume=resume)
 
 
 def _task(recipe: Recipe, data: Any) -> Any:
@@ -208,7 +210,7 @@ def _same(recipe: Recipe, path: Path) -> None:
     from shared.recipe import read
 
     before, now = _flat(read(path)), _flat(recipe.tree)
-    where = {f"trainer.{name}" for name in ("device", "devices", "nodes", "strategy")}  # changes nothing learnt
+    where = {f"trainer.{name}" for name in ("device", "devices", "nodes", "strategy", "save_every")}  # no other result
     for key in sorted((before.keys() | now.keys()) - where):
         if before.get(key) != now.get(key):
             was, is_now = before.get(key, "not set"), now.get(key, "not set")

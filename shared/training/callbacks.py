@@ -59,11 +59,12 @@ class Order(Callback):
 class Checkpoints(Callback):
     """Writes ``last.ckpt`` after every check, ``best.ckpt`` where the metric is the best so far; whole or not at all.
 
-    monitor: name of the metric.  smaller: whether a smaller one is better.
+    monitor: name of the metric.  smaller: whether a smaller one is better.  every: steps after which ``last.ckpt`` is
+    written within an epoch too, None: never.
     """
 
-    def __init__(self, folder: Path, monitor: str, smaller: bool):
-        self.folder, self.monitor, self.smaller = folder, monitor, smaller
+    def __init__(self, folder: Path, monitor: str, smaller: bool, every: int | None):
+        self.folder, self.monitor, self.smaller, self.every = folder, monitor, smaller, every
         self.best: dict[str, Any] | None = None
         self.due = self.improved = False
 
@@ -81,21 +82,33 @@ class Checkpoints(Callback):
             at = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
             self.best = {"monitor": self.monitor, "value": value, **at}
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """The moment between two steps in which all that belongs to the last one is done."""
+        between = batch_idx and batch_idx % trainer.accumulate_grad_batches == 0
+        if self.every and between and trainer.global_step % self.every == 0:
+            self._write(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """The batch that is about to come is not yet taken."""
+        for progress in (checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"][k] for k in ("current", "total")):
+            progress["ready"] = progress["started"]
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if not self.due:
-            return
+        if self.due:
+            self._write(trainer)
+        self.due = self.improved = False
+
+    def _write(self, trainer: Trainer) -> None:
         new = self.folder / ".new.ckpt"
         try:
             trainer.save_checkpoint(new)
             if trainer.is_global_zero:
                 if self.improved:
-                    shutil.copyfile(new, self.folder / ".best.ckpt")
-                    os.replace(self.folder / ".best.ckpt", self.folder / "best.ckpt")
-                os.replace(new, self.folder / "last.ckpt")
+                    _rename(shutil.copyfile(new, self.folder / ".best.ckpt"), self.folder / "best.ckpt")
+                _rename(new, self.folder / "last.ckpt")
             trainer.strategy.barrier()
         except OSError as error:
             raise WorkError(f"{self.folder}: cannot write the checkpoint: {error}") from error
-        self.due = self.improved = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -104,11 +117,29 @@ class Checkpoints(Callback):
         self.best = state_dict["best"]
 
 
-class End(Callback):
-    """Ends the run at the last step, with a check there, and lets a run that early stopping ended stay ended."""
+def _rename(new: Path, path: Path) -> None:
+    """Once all of it is on the disk."""
+    with open(new, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(new, path)
 
-    def __init__(self, steps: int):
-        self.steps = steps
+
+class End(Callback):
+    """Ends the run at the last step, with a check there, and lets a run that early stopping ended stay ended.
+
+    steps: of the optimiser.  batches: of an epoch.
+    """
+
+    def __init__(self, steps: int, batches: int):
+        self.steps, self.batches = steps, batches
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """A run that ended within an epoch and is now longer goes on there: that epoch is not over."""
+        loop = checkpoint["loops"]["fit_loop"]
+        within = loop["epoch_loop.batch_progress"]["current"]["completed"] < self.batches
+        if within and checkpoint["global_step"] < self.steps:
+            for progress in (loop["epoch_progress"][k] for k in ("current", "total")):
+                progress["processed"] = progress["completed"]
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         early: Any = trainer.early_stopping_callback

@@ -32,6 +32,7 @@ _QUIET = (
     "You have overridden `on_before_batch_transfer`",
     "Detected call of `lr_scheduler.step",
     "It is recommended to use `self.log",
+    "You're resuming from a checkpoint that ended before the epoch ended",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
 
@@ -47,10 +48,12 @@ class Engine:
     patience: checks without a better monitored metric after which training stops, None: never.
     monitor: "validation/<metric>" that picks the best checkpoint, None: the task's own; smaller is better for names
     that end in "loss" or "error".  check_every: epochs between checks (validation and checkpoint); there is always one
-    at the end.  device: where.  devices: on how many of a machine, with one process for each.  nodes: machines.
+    at the end.  save_every: steps between checkpoints within an epoch, for long ones; None: at checks alone.
+    device: where.  devices: on how many of a machine, with one process for each.  nodes: machines.
     strategy: "ddp" (every process holds the model; Li et al., 2020), "fsdp" (the model is divided among them; Zhao et
     al., 2023) or "auto" (ddp where there are several processes). Processes share each batch: the data's batch size,
-    the steps and what is learnt are those of one process.
+    the steps and what is learnt are those of one process, but for what a process draws for its own samples (dropout)
+    and for batch normalisation, whose statistics are of its share.
     """
 
     epochs: int | None = None
@@ -61,6 +64,7 @@ class Engine:
     patience: int | None = None
     monitor: str | None = None
     check_every: int = 1
+    save_every: int | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = 1
     nodes: int = 1
@@ -69,7 +73,17 @@ class Engine:
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise RequestError("trainer: give either epochs or steps")
-        for key in ("epochs", "steps", "accumulate", "clip", "patience", "check_every", "devices", "nodes"):
+        for key in (
+            "epochs",
+            "steps",
+            "accumulate",
+            "clip",
+            "patience",
+            "check_every",
+            "save_every",
+            "devices",
+            "nodes",
+        ):
             value = getattr(self, key)
             if value is not None and value <= 0:
                 raise RequestError(f"trainer.{key} {value}: use a number above 0")
@@ -94,8 +108,8 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
     data: an object whose ``train()``, ``validation()`` and ``test()`` give torch loaders.
 
     Writes ``metrics.csv``, ``checkpoints/last.ckpt`` and ``checkpoints/best.ckpt`` below ``output``. An interrupted run
-    goes on, with ``resume``, from its last check (from the start where there was none), and gives what it would have
-    given uninterrupted.
+    goes on, with ``resume``, from its last checkpoint (from the start where there was none), and gives what it would
+    have given uninterrupted.
 
     Returns ``test`` (the task's results in its best state), ``best`` (monitor, value, epoch, step), ``epochs``,
     ``steps`` and ``cost``: ``step_seconds`` (median), ``train_seconds``, ``peak_memory_bytes`` (of the GPU's tensors;
@@ -108,7 +122,7 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
     from shared.training.feed import Feed, check
     from shared.training.log import MetricsFile
 
-    _available(engine)
+    available(engine)
     folder = Path(output) / "checkpoints"
     state = _state(folder / "last.ckpt", resume)
     loaders = {split: getattr(data, split)() for split in ("train", "validation", "test")}
@@ -116,11 +130,12 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
     batches = len(loaders["train"])
     monitor, total = engine.monitor or task.monitor, engine.total_steps(batches)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoints, order, cost = Checkpoints(folder, monitor, _smaller(monitor)), Order(), Cost()
+    if processes.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    checkpoints, order, cost = Checkpoints(folder, monitor, _smaller(monitor), engine.save_every), Order(), Cost()
     with _quiet():
         log = MetricsFile(Path(output) / "metrics.csv", keep=state["global_step"] if state else None)
-        callbacks = [checkpoints, order, End(total), cost, *_optional(engine, monitor)]
+        callbacks = [checkpoints, order, End(total, batches), cost, *_optional(engine, monitor)]
         trainer = _trainer(engine, task, batches, total, log, callbacks)
         feed = Feed(loaders, order)
         task.total_steps = total
@@ -213,7 +228,7 @@ def _strategy(engine: Engine, task: Task) -> Any:
     return DDPStrategy(find_unused_parameters=True)  # a method may leave some of its adapters out of a step
 
 
-def _available(engine: Engine) -> None:
+def available(engine: Engine) -> None:
     """Raises RequestError where processes or device are not there or the device cannot compute in the precision."""
     if processes.world() != engine.processes:
         raise RequestError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +42,7 @@ class Key(NamedTuple):
 
 
 class Seeded(Dataset):
-    """A data set whose random numbers follow from the key alone: no matter which worker or process, or what came before."""
+    """A data set whose random numbers follow from the key alone, whichever process or worker draws them."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -55,17 +55,17 @@ class Seeded(Dataset):
 class Shares(Sampler):
     """This process's shares of an epoch's training batches, the same number of steps in every process.
 
-    progress: ``processed`` is the epoch when its iterator is made.  rank, world: process ``rank`` takes every
-    ``world``-th sample of a batch; of one with fewer samples than processes, those left without take the first, at
-    weight 0.
+    loop: the trainer's, which knows the epoch, and the batch at which a run goes on within it.  rank, world: process
+    ``rank`` takes every ``world``-th sample of a batch; of one with fewer samples than processes, those left without
+    take the first, at weight 0.
 
     weights: of the shares handed out in this epoch, by batch: share of the samples times ``world``. Averaged over
     processes, losses times weights are the loss of the whole batch.
     """
 
-    def __init__(self, loader: DataLoader, order: Any, progress: Any, rank: int, world: int):
+    def __init__(self, loader: DataLoader, order: Any, loop: Any, rank: int, world: int):
         self.batches: Any = batches_of(loader)
-        self.whole, self.order, self.progress = loader.batch_sampler is None, order, progress
+        self.order, self.loop, self.whole = order, loop, loader.batch_sampler is None
         self.rank, self.world = rank, world
         self.weights: list[float] = []
         found = (self.batches, getattr(self.batches, "sampler", None))
@@ -80,44 +80,44 @@ class Shares(Sampler):
 
     def __iter__(self) -> Iterator[Any]:
         """The whole order is drawn here at once, with seeds that all processes share."""
-        epoch, seed = self.progress.processed, self.order.seed
+        epoch, seed = self.loop.epoch_progress.current.processed, self.order.seed
+        start = self.loop.epoch_loop.batch_progress.current.ready % len(self)
         self.generator.manual_seed(seed_all(seed, ORDER, epoch))
         for sampler in self.samplers:
             if hasattr(sampler, "set_epoch"):  # Lightning does it too, but after the first epoch's iterator was made
                 sampler.set_epoch(epoch)
-        self.weights = []
-        return self._shares(list(self.batches), seed, epoch)
+        self.weights = [0.0] * start
+        return self._shares(list(self.batches)[start:], start, seed, epoch)
 
-    def _shares(self, batches: list[Any], seed: int, epoch: int) -> Iterator[Any]:
-        for number, batch in enumerate(batches):
-            if not isinstance(batch, (list, tuple)):
-                self.weights.append(1.0)
-                yield Key(batch, _hash(seed, SAMPLE, epoch, number))
-                continue
-            places = range(len(batch))[self.rank :: self.world]
-            self.weights.append(len(places) * self.world / len(batch))
-            places = places or [0]
-            if self.whole:
-                yield Key([batch[place] for place in places], _hash(seed, SAMPLE, epoch, number, places[0]))
-            else:
-                yield [Key(batch[place], _hash(seed, SAMPLE, epoch, number, place)) for place in places]
+    def _shares(self, batches: list[Any], start: int, seed: int, epoch: int) -> Iterator[Any]:
+        for number, batch in enumerate(batches, start):
+            size = _size(batch)
+            places = range(size)[self.rank :: self.world]
+            self.weights.append(len(places) * self.world / size)
+            yield _keyed(batch, places or [0], self.whole, seed, SAMPLE, epoch, number)
 
 
 class Turns(Sampler):
-    """Whole batches in turn: process ``rank`` of ``world`` takes every ``world``-th.
+    """Whole batches of an evaluation in turn: process ``rank`` of ``world`` takes every ``world``-th.
 
     All processes take as many steps, so the last round is filled up with the last batch; see ``counts``.
     """
 
-    def __init__(self, batches: Any, rank: int, world: int):
-        self.batches, self.rank, self.world = batches, rank, world
+    def __init__(self, loader: DataLoader, order: Any, rank: int, world: int):
+        self.batches: Any = batches_of(loader)
+        self.order, self.whole, self.rank, self.world = order, loader.batch_sampler is None, rank, world
 
     def __len__(self) -> int:
         return math.ceil(len(self.batches) / self.world)
 
     def __iter__(self) -> Iterator[Any]:
+        seed = self.order.seed
+        seed_all(seed, EVALUATION)
         batches = list(self.batches)
-        return (batches[min(self.number(step), len(batches) - 1)] for step in range(len(self)))
+        for step in range(len(self)):
+            number = min(self.number(step), len(batches) - 1)
+            batch = batches[number]
+            yield _keyed(batch, range(_size(batch)), self.whole, seed, EVALUATION, number)
 
     def number(self, step: int) -> int:
         """Which of all batches comes in this process's step."""
@@ -129,7 +129,7 @@ class Turns(Sampler):
 
 
 class Feed(LightningDataModule):
-    """Hands the loaders to Lightning: training in shares and seeded, evaluation in turns."""
+    """Hands the loaders to Lightning, seeded: training in shares, evaluation in turns."""
 
     def __init__(self, loaders: dict[str, DataLoader], order: Any):
         super().__init__()
@@ -140,9 +140,8 @@ class Feed(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         loader, trainer = self.loaders["train"], self.trainer
         assert trainer is not None
-        progress = trainer.fit_loop.epoch_progress.current
-        self.shares = Shares(loader, self.order, progress, trainer.global_rank, trainer.world_size)
-        return _rebuilt(loader, Seeded(loader.dataset), self.shares)
+        self.shares = Shares(loader, self.order, trainer.fit_loop, trainer.global_rank, trainer.world_size)
+        return _rebuilt(loader, self.shares)
 
     def val_dataloader(self) -> DataLoader:
         return self._in_turns("validation")
@@ -153,13 +152,27 @@ class Feed(LightningDataModule):
     def _in_turns(self, split: str) -> DataLoader:
         loader, trainer = self.loaders[split], self.trainer
         assert trainer is not None
-        self.turns[split] = Turns(batches_of(loader), trainer.global_rank, trainer.world_size)
-        return loader if trainer.world_size == 1 else _rebuilt(loader, loader.dataset, self.turns[split])
+        self.turns[split] = Turns(loader, self.order, trainer.global_rank, trainer.world_size)
+        return _rebuilt(loader, self.turns[split])
 
 
 def batches_of(loader: DataLoader) -> Any:
     """What gives a loader's batches as lists of indices; its sampler, where the data set makes the batches."""
     return loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+
+
+def _size(batch: Any) -> int:
+    """Samples of a batch, as far as its indices say; 1 where the data set makes it from one index."""
+    return len(batch) if isinstance(batch, (list, tuple)) else 1
+
+
+def _keyed(batch: Any, places: Sequence[int], whole: bool, *numbers: int) -> Any:
+    """These places of a batch with their seeds; one key where the data set makes whole batches."""
+    if not isinstance(batch, (list, tuple)):
+        return Key(batch, _hash(*numbers))
+    if whole:
+        return Key([batch[place] for place in places], _hash(*numbers, places[0]))
+    return [Key(batch[place], _hash(*numbers, place)) for place in places]
 
 
 def check(loaders: dict[str, DataLoader], world: int) -> None:
@@ -178,11 +191,11 @@ def check(loaders: dict[str, DataLoader], world: int) -> None:
         raise RequestError("the train loader gives whole batches, which cannot be divided among processes: use one")
 
 
-def _rebuilt(loader: DataLoader, dataset: Dataset, batches: Sampler) -> DataLoader:
-    """The loader on another data set and order."""
+def _rebuilt(loader: DataLoader, batches: Sampler) -> DataLoader:
+    """The loader with another order, of keys."""
     order = {"batch_size": None, "sampler": batches} if loader.batch_sampler is None else {"batch_sampler": batches}
     return DataLoader(
-        dataset,
+        Seeded(loader.dataset),
         **order,  # type: ignore[arg-type]
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,

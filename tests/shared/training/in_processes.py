@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from shared.sites import Site, Sites, describe
 from shared.training import Engine, Optimiser, fit, processes
 from tests.shared.training.everything import everything
 from tests.shared.training.problem import Data, Head, Line
+from tests.shared.training.test_fit import Interrupted, interrupt
 
 ALONE, DDP, FSDP = {}, {"devices": 2}, {"devices": 2, "strategy": "fsdp"}
 CASES: dict[str, dict[str, Any]] = {
@@ -49,26 +51,20 @@ def line() -> Line:
     return Line(model, Optimiser(learning_rate=1e-2, schedule="cosine"))
 
 
-def train(output: Path, where: dict[str, Any], *, epochs: int = 4, resume: bool = False, **case: Any) -> dict[str, Any]:
-    """Where a run stops early, its schedule is still that of four epochs, for it goes on."""
+def train(
+    output: Path, where: dict[str, Any], *, stop: bool = False, resume: bool = False, **case: Any
+) -> dict[str, Any]:
+    """Four epochs; with ``stop``, to the fourth batch of the third alone, of which two are in the checkpoint."""
     data = Data(count=case.pop("count", 21), checks=9, workers=case.pop("workers", 0), noisy=True)
     data.validation = data.test = lambda: DataLoader(data.checking, 2)  # type: ignore[method-assign]
     task = line()
     torch.manual_seed(11 + 10 * processes.rank())  # the first process's seed counts
-    if epochs == 2:
-        plain = task.loss
-
-        def stop(batch: Any) -> torch.Tensor:
-            if task.current_epoch == 2:
-                raise KeyError("stopped")
-            return plain(batch)
-
-        task.loss = stop  # type: ignore[method-assign]
-        try:
-            fit(task, data, Engine(epochs=4, device="cpu", **where, **case), output)
-        except KeyError:
-            return {}
-    found = fit(task, data, Engine(epochs=4, device="cpu", **where, **case), output, resume=resume)
+    engine = Engine(epochs=4, save_every=2, device="cpu", **where, **case)
+    if stop:
+        with contextlib.suppress(Interrupted):
+            fit(interrupt(task, epoch=2, batch=3), data, engine, output)
+        return {}
+    found = fit(task, data, engine, output, resume=resume)
     return {key: found[key] for key in ("test", "best", "epochs", "steps")}
 
 
@@ -80,7 +76,7 @@ def everywhere(folder: Path, small: Path) -> dict[str, Any]:
     found["fsdp plain"] = train(folder / "fsdp plain", FSDP)
     found["fsdp accumulated"] = train(folder / "fsdp accumulated", FSDP, **CASES["accumulated"])
     for name, where in (("ddp", DDP), ("fsdp", FSDP)):
-        train(folder / f"{name} then alone", where, epochs=2)
+        train(folder / f"{name} then alone", where, stop=True)
         found[f"alone then {name}"] = train(folder / f"alone then {name}", where, resume=True)
     found["drawn"] = _drawn(folder / "drawn")
     found["refused"] = _refused(folder)

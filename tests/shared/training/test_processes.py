@@ -28,7 +28,7 @@ def folder(tmp_path_factory) -> Path:
 def found(folder: Path) -> dict[str, Any]:
     """What two processes gave, after what one alone left for them to go on with."""
     for name in ("ddp", "fsdp"):
-        train(folder / f"alone then {name}", ALONE, epochs=2)
+        train(folder / f"alone then {name}", ALONE, stop=True)
     (folder / "small.yaml").write_text(SMALL.replace("device: cpu}", "device: cpu, devices: 2}"))
     return launch(2, everywhere, folder, folder / "small.yaml")
 
@@ -68,8 +68,10 @@ def test_two_processes_learn_and_measure_what_one_does(folder: Path, found, alon
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_checkpoints_move_between_one_process_and_two(folder: Path, found, alone, kind: str) -> None:
+    """Within an epoch: see ``train``."""
     check_equal(folder / f"alone then {kind}", folder / "alone plain")
     assert found[f"alone then {kind}"]["test"]["loss"] == pytest.approx(alone["plain"]["test"]["loss"], rel=1e-5)
+    assert torch.load(folder / f"{kind} then alone/checkpoints/last.ckpt", weights_only=True)["global_step"] == 14
     gone_on = train(folder / f"{kind} then alone", ALONE, resume=True)
     check_equal(folder / f"{kind} then alone", folder / "alone plain")
     assert (gone_on["epochs"], gone_on["steps"]) == (4, 24)
@@ -110,6 +112,8 @@ def test_the_run_directory_is_written_once(folder: Path, found) -> None:
     assert header["metrics"]["miou"] == metrics["test"]["miou"]
     assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
     one = recipe.load(str(folder / "small.yaml"), ["trainer.devices=1"])
+    run.run(one, folder / "run alone")  # its loss, cross entropy and Dice of a batch, is no mean over samples
+    check_equal(output, folder / "run alone")
     assert run.directory(one, output, resume=True) == output  # where it runs is no other recipe
     again = run.run(one, output, resume=True)
     assert again["test"]["confusion"] == metrics["test"]["confusion"]

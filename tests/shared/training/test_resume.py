@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 from shared.training import Engine, fit
 from tests.shared.training.everything import everything
 from tests.shared.training.problem import Data, Line, line
-from tests.shared.training.test_fit import Interrupted, interrupt
+from tests.shared.training.test_fit import Interrupted, interrupt, rows_of
 
 ENGINE = Engine(epochs=5, accumulate=2, clip=1.0, patience=4)
 
@@ -66,6 +68,53 @@ def test_everything_resumed_is_as_if_never_interrupted(whole: Path, tmp_path: Pa
     kept = checkpoint(tmp_path)["state_dict"]
     assert {"backbone.1.running_var", "backbone.1.num_batches_tracked", "adapter.default.3.mean"} <= kept.keys()
     assert kept["backbone.1.num_batches_tracked"] == 25
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_checkpoint_within_an_epoch_goes_on_there(whole: Path, tmp_path: Path, workers: int) -> None:
+    """Stopped in the fourth batch of the fourth epoch, of which two were in the checkpoint: 10 steps, 17 batches."""
+    engine = replace(ENGINE, save_every=1)
+    with pytest.raises(Interrupted):
+        train(interrupt(everything(), epoch=3, batch=3), Data(noisy=True, workers=workers), tmp_path, engine=engine)
+    assert checkpoint(tmp_path)["global_step"] == 10
+    assert checkpoint(tmp_path)["state_dict"]["backbone.1.num_batches_tracked"] == 17
+    task = everything()
+    train(task, Data(noisy=True, workers=workers), tmp_path, seed=99, engine=engine, resume=True)
+    assert len(task.seen) == 25 - 17
+    for name in ("last", "best"):
+        ours, theirs = checkpoint(tmp_path, name), checkpoint(whole, name)
+        for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
+            assert same(ours[part], theirs[part]), (name, part)
+    assert (tmp_path / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_checkpoints_within_an_epoch_fall_between_steps(tmp_path: Path, monkeypatch, every: int) -> None:
+    """Epochs of three steps (two batches, two, one): a multiple of ``every`` that no check falls on is written."""
+    written: list[int] = []
+    plain = Trainer.save_checkpoint
+
+    def save(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        written.append(self.global_step)
+        plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", save)
+    train(everything(), Data(), tmp_path, engine=Engine(epochs=3, accumulate=2, save_every=every))
+    assert written == ([2, 3, 4, 6, 8, 9] if every == 2 else [3, 6, 9])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_that_ended_within_an_epoch_can_be_made_longer(tmp_path: Path, accumulate: int) -> None:
+    tasks = [line(schedule="constant") for _ in range(3)]
+    for task, name, steps in ((tasks[0], "whole", 13), (tasks[1], "parts", 7)):
+        train(task, Data(noisy=True), tmp_path / name, engine=Engine(steps=steps, accumulate=accumulate))
+    longer = Engine(steps=13, accumulate=accumulate)
+    found = train(tasks[2], Data(noisy=True), tmp_path / "parts", seed=99, engine=longer, resume=True)
+    assert tasks[1].seen + tasks[2].seen == tasks[0].seen
+    assert (found["steps"], found["epochs"]) == (13, 3 if accumulate == 1 else 5)
+    assert same(checkpoint(tmp_path / "parts")["state_dict"], checkpoint(tmp_path / "whole")["state_dict"])
+    checks = [int(row["step"]) for row in rows_of(tmp_path / "parts") if row["validation/loss"]]
+    assert checks == ([4, 6, 9, 12] if accumulate == 1 else [2, 5, 6, 8, 11, 12])
 
 
 def _optimiser(state: dict[str, Any], fresh: dict[str, Any]) -> None:
@@ -157,12 +206,12 @@ def test_stopped_around_the_writing_of_a_checkpoint(whole: Path, tmp_path: Path,
     """Whichever rename the second check's end comes before, the run goes on to the same end."""
     plain, count = os.replace, iter(range(1000))
 
-    def replace(source: Any, target: Any) -> None:
+    def rename(source: Any, target: Any) -> None:
         if str(target).endswith(at) and next(count) == 1:
             raise Interrupted
         plain(source, target)
 
-    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "replace", rename)
     with pytest.raises(Interrupted):
         train(everything(), Data(noisy=True), tmp_path)
     train(everything(), Data(noisy=True), tmp_path, seed=99, resume=True)
