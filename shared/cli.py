@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted."""
     # Threads that wait sleep: spinning ones make small models many times slower wherever something else is running.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns, in every process, of what is meant to be so
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         asked = _parse(arguments)

@@ -6,7 +6,7 @@ runs are equal byte by byte. Exit status 0 where they are.
 
 Every start is a new process that does what ``omniadapt run`` does, in a session of its own, all of which is killed. To
 save the time of imports, and that alone, they are forked from a process that has the libraries loaded. A kill takes
-about 3 s; 15 s where the run has several processes, which load them anew.
+about 3 s; up to a minute where the run has several processes, which load them anew.
 """
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ from tests.shared.training.everything import everything
 from tests.shared.training.problem import Data, Head, Line
 from tests.shared.training.test_fit import Interrupted, interrupt
 
-ALONE, DDP, FSDP = {}, {"devices": 2}, {"devices": 2, "strategy": "fsdp"}
+ALONE: dict[str, Any] = {}
+DDP: dict[str, Any] = {"devices": 2}
+FSDP: dict[str, Any] = {"devices": 2, "strategy": "fsdp"}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},  # 21 samples by 4: the last batch of an epoch has one sample; 5 batches of checks for two processes
     "accumulated": {"accumulate": 2, "clip": 0.5},
