@@ -20,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted."""
     # Threads that wait sleep: spinning ones make small models many times slower wherever something else is running.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns, in every process, of what is meant to be so
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         asked = _parse(arguments)
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say("interrupted", 130)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # what Lightning makes of Ctrl-C
-            return _say("interrupted (--resume goes on from the last check)", 130)
+            return _say("interrupted (--resume goes on from the last checkpoint)", 130)
         raise
     except BrokenPipeError:  # the reader of our output has gone; nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -125,17 +126,22 @@ def _numbers(text: str) -> list[int]:
 def _run(asked: argparse.Namespace) -> None:
     from shared import recipe, run
     from shared.report.terminal import print_run
+    from shared.training.processes import rank
 
     chosen = recipe.load(asked.recipe, asked.overrides, tiny=asked.tiny)
     folder = run.directory(chosen, asked.output, resume=asked.resume)
     found = run.run(chosen, folder, resume=asked.resume)
-    print_run(found)
-    print(f"page: {folder / run.PAGE}")
+    if rank() == 0:
+        print_run(found)
+        print(f"page: {folder / run.PAGE}")
 
 
 def _compare(asked: argparse.Namespace) -> None:
     from shared import compare, recipe
+    from shared.training.processes import launched
 
+    if launched():
+        raise RequestError("compare starts its processes itself: call it without torchrun, with trainer.devices=N")
     chosen = recipe.load(asked.recipe, asked.overrides, tiny=asked.tiny)
     compare.compare(chosen, asked.methods, asked.seeds, asked.output)
 

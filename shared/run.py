@@ -7,8 +7,9 @@ import logging
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from shared.errors import RequestError, WorkError
 from shared.recipe import Recipe
 from shared.store import write_atomically
+from shared.training import processes
 
 if TYPE_CHECKING:
     from shared.adapted import Adapted
@@ -29,38 +31,59 @@ _log = logging.getLogger("omniadapt")
 def run(recipe: Recipe, output: Path, *, resume: bool = False, data: Any = None) -> dict[str, Any]:
     """Train what the recipe describes, test it, and fill the run directory.
 
-    data: the recipe's data where they are built already.
+    data: the recipe's data where they are built already. A recipe for several processes starts them, unless torchrun
+    did; each builds everything, and the first writes.
 
     Returns what ``metrics.json`` holds: ``test`` results, ``parameters`` by role, ``cost``, ``steps``, ``epochs``,
     ``best`` (which state was tested), and facts of the run. Raises RequestError and WorkError as the parts do.
     """
-    from shared.report.run_page import write_run_page
-    from shared.training.engine import fit
+    from shared.training.engine import available, fit
 
+    engine = recipe.build("trainer")
+    if engine.processes > 1 and not processes.launched():
+        if engine.nodes > 1:
+            raise RequestError(f"trainer.nodes {engine.nodes}: start omniadapt on every node through torchrun (README)")
+        return processes.launch(engine.devices, partial(run, recipe, output, resume=resume))
+    available(engine)
     # Everything is built and all data read once before the directory exists: a wrong request leaves nothing behind.
     data = recipe.build("data") if data is None else data
-    model, engine = build(recipe, data), recipe.build("trainer")
-    task = recipe.build("task", model=model, data=data, optimiser=recipe.build("optimiser"))
-    described, parameters = data.describe(), model.count()
+    task = _task(recipe, data)
+    described, parameters = data.describe(), task.model.count()
 
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / RECIPE, recipe.text().encode())
-    with _logged(output / LOG):
+    first = processes.rank() == 0
+    if first:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / RECIPE, recipe.text().encode())
+    with _logged(output / LOG) if first else nullcontext():
         _log.info("recipe %s (%s), seed %d%s", recipe.name, recipe.source, recipe.seed, ", resumed" if resume else "")
         _log.info("data %s", json.dumps(described))
         _log.info("parameters %s", json.dumps(parameters))
         seed(recipe.seed)
         results = fit(task, data, engine, output, resume=resume)
         _log.info("test %s", json.dumps(results["test"]))
-
-        extra = {"recipe": recipe.tree, "data": described}
-        model.save(output / ADAPTER, metrics=scalars(results["test"]), extra=extra)
         found = {**results, "seed": recipe.seed, "parameters": parameters, "data": described, "versions": versions()}
-        found |= weights(model) | {"file_bytes": (output / ADAPTER).stat().st_size}
-        write_atomically(output / METRICS, json.dumps(found, indent=1).encode())
-        write_run_page(output, recipe, found, task.pictures(data))
-        _log.info("done: %s", output / PAGE)
+        return _written(recipe, output, found, task, data) if first else found
+
+
+def _written(recipe: Recipe, output: Path, found: dict[str, Any], task: Any, data: Any) -> dict[str, Any]:
+    """What a run found, completed, after the adapter file, the metrics and the page are written."""
+    from shared.report.run_page import write_run_page
+    from shared.training.engine import BEST, read_checkpoint
+
+    if recipe.build("trainer").strategy == "fsdp":  # the trained model is divided: a whole one takes its place
+        task = _task(recipe, data)
+        task.load_state_dict(read_checkpoint(output / BEST)["state_dict"])
+    model: Adapted = task.model
+    model.save(output / ADAPTER, metrics=scalars(found["test"]), extra={"recipe": recipe.tree, "data": found["data"]})
+    found = found | weights(model) | {"file_bytes": (output / ADAPTER).stat().st_size}
+    write_atomically(output / METRICS, json.dumps(found, indent=1).encode())
+    write_run_page(output, recipe, found, task.pictures(data))
+    _log.info("done: %s", output / PAGE)
     return found
+
+
+def _task(recipe: Recipe, data: Any) -> Any:
+    return recipe.build("task", model=build(recipe, data), data=data, optimiser=recipe.build("optimiser"))
 
 
 class Trained(NamedTuple):
@@ -153,7 +176,13 @@ def directory(recipe: Recipe, output: Path | None, *, resume: bool = False) -> P
     """Where a run writes: ``output``, or ``runs/<recipe>/<time>``; to resume, the recipe's last run.
 
     Raises RequestError where there is something else already, or nothing to resume, or a run of another recipe.
+    Processes that torchrun started must be told one directory, which the first of them checks.
     """
+    if processes.launched():
+        if output is None:
+            raise RequestError("started by torchrun: give --output DIR, the same for all processes")
+        if processes.rank() > 0:
+            return output
     runs = Path("runs") / recipe.name
     if resume:
         if output is None:
@@ -181,7 +210,8 @@ def _same(recipe: Recipe, path: Path) -> None:
     from shared.recipe import read
 
     before, now = _flat(read(path)), _flat(recipe.tree)
-    for key in sorted(before.keys() | now.keys()):
+    where = {f"trainer.{name}" for name in ("device", "devices", "nodes", "strategy", "save_every")}  # no other result
+    for key in sorted((before.keys() | now.keys()) - where):
         if before.get(key) != now.get(key):
             was, is_now = before.get(key, "not set"), now.get(key, "not set")
             raise RequestError(f"{path.parent} cannot go on with another recipe: {key} was {was}, now {is_now}")

@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from shared.adapted import Adapted
 from shared.errors import RequestError, WorkError
+from shared.training import processes
 from shared.training.optimiser import Optimiser
 from shared.training.task import Task
 
@@ -51,7 +52,14 @@ class Segmentation(Task):
         return self.model(batch["image"])
 
     def criterion(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
-        return self.head.loss(outputs, batch["mask"])
+        mask = batch["mask"]
+        if not self.adds_up:
+            return self.head.loss(outputs, mask)
+        return self.head.loss(outputs, mask if self.weight else mask * 0 + self.ignore_index, processes.total)
+
+    @property
+    def adds_up(self) -> bool:
+        return getattr(self.head, "adds_up", False)
 
     def evaluate(self, batch: dict[str, Any]) -> None:
         image, mask = batch["image"], batch["mask"]

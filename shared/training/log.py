@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
 
 from shared.store import write_atomically
+from shared.training import processes
 
 
 class MetricsFile(Logger):
     """Columns ``step`` (of the optimiser, from 0), ``epoch``, then metrics as they first appear; blank: not measured.
+
+    The first process writes it.
 
     keep: rows of an earlier run below this step stay (resume); None starts the file anew.
     """
@@ -25,10 +27,10 @@ class MetricsFile(Logger):
         self.path = path
         self.columns, self.rows = ["step", "epoch"], []
         if keep is not None and path.exists():
-            with open(path, newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                self.rows = [row for row in reader if int(row["step"]) < keep]
-                self.columns = list(reader.fieldnames or self.columns)
+            whole, _, _ = path.read_bytes().decode().rpartition("\n")  # a kill may have cut the last row short
+            reader = csv.DictReader(whole.splitlines())
+            self.rows = [row for row in reader if int(row["step"]) < keep]
+            self.columns = list(reader.fieldnames or self.columns)
         self._rewrite()
 
     @property
@@ -42,8 +44,9 @@ class MetricsFile(Logger):
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """A run directory holds its recipe already."""
 
-    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if processes.rank() > 0:
+            return
         row = {"step": step or 0, **metrics}
         if "epoch" in row:
             row["epoch"] = int(row["epoch"])
@@ -55,8 +58,9 @@ class MetricsFile(Logger):
             with open(self.path, "a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self.columns).writerow(row)
 
-    @rank_zero_only
     def _rewrite(self) -> None:
+        if processes.rank() > 0:
+            return
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns)
         writer.writeheader()
