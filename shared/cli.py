@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(message: str, status: int) -> int:
+    message = message.encode(errors="backslashreplace").decode()  # names of files may hold bytes that are no text
     print(f"omniadapt: {message}", file=sys.stderr)
     return status
 

@@ -126,7 +126,7 @@ class Checkpoints(Callback):
                     os.replace(self.folder / ".best.ckpt", self.folder / "best.ckpt")
                 os.replace(new, self.folder / "last.ckpt")
             trainer.strategy.barrier()
-        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        except OSError as error:
             for name in (new, self.folder / ".best.ckpt"):
                 name.unlink(missing_ok=True)
             raise WorkError(f"{self.folder}: cannot write the checkpoint: {error}") from error

@@ -18,6 +18,7 @@ from tests.reliability.spoils import (
     full,
     other_backbone,
     pipe,
+    unspeakable,
     write,
 )  # fmt: skip
 from tests.reliability.world import locked, loop
@@ -42,6 +43,12 @@ PLACES = {
     "a folder for an adapter": Case("inspect {images}", "images: a folder, not a file"),
     "a pipe for a scene": Case(
         PREDICT, r"scene\.tif: a pipe or device, not a file", at("scene.tif", pipe)
+    ),
+    "a scene whose name is no text": Case(
+        PREDICT, r"bad\\udcff\.tif: the name is not UTF-8; rename it", unspeakable
+    ),
+    "a map whose name is no text": Case(
+        "predict {run} {scene} -o {out}\udcff.tif", r"out\\udcff\.tif: the name is not UTF-8; rename it"
     ),
     "an image that may not be read": Case(RUN, rf"images/b\.tif: {DENIED}", at("images/b.tif", locked)),
     "a mask that may not be read": Case(RUN, rf"masks/b\.tif: {DENIED}", at("masks/b.tif", locked)),

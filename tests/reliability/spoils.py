@@ -115,6 +115,11 @@ def other_backbone(path: Path) -> None:
     path.write_text(path.read_text().replace("weights: random", "weights: random\n  seed: 7"))
 
 
+def unspeakable(w: World) -> None:
+    """A scene whose name holds a byte that is no UTF-8."""
+    w.scene = w.scene.rename(w.root / "bad\udcff.tif")
+
+
 def pipe(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)

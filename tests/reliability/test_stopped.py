@@ -65,7 +65,7 @@ def test_a_disk_that_is_full_before_a_map_is_done(world, kind, room, capsys):
 
 @pytest.mark.parametrize("room", [4096, 12288, 40960, 61440, 90112, 131072])
 def test_a_disk_that_is_full_before_a_run_is_done(world, room, capsys):
-    """Every step of a run meets the end of the disk in one of these; the last stop is the page."""
+    """These stop it from the first file to the last: log, metrics, checkpoints, adapter, page."""
     with small_disk(world.root / "disk", room):
         assert world.main("run {recipe} --output {root}/disk/run") == 1
         one_line(capsys, str(world.root / "disk" / "run"), "No space left on device")

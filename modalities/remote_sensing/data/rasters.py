@@ -107,6 +107,14 @@ class Image(NamedTuple):
         return Raster(image, valid, _shifted(self.header.georeference, where))
 
 
+def check_name(path: Path) -> None:
+    """Raises RequestError for a file whose name GDAL cannot be told."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"{path}: the name is not UTF-8; rename it") from None
+
+
 def check_spectral(header: Header) -> None:
     """Raises RequestError for a file whose bands are no measured values."""
     if "palette" in header.band_names:
@@ -211,6 +219,7 @@ def _opened(path: Path, layout: str | None = None) -> Iterator[tuple[Header, Any
     """
     if path.suffix.lower() not in SUFFIXES:
         raise RequestError(f"{path}: not a raster this reads; use {', '.join(SUFFIXES)}")
+    check_name(path)
     check_readable(path)
     if path.stat().st_size == 0:
         raise RequestError(f"{path}: empty (0 bytes)")
