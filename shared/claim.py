@@ -24,7 +24,7 @@ def claimed(folder: Path, *, fresh: bool) -> Iterator[None]:
     Raises RequestError where another process holds the folder, or it is not empty; WorkError where it cannot be
     written. Of an empty folder made here nothing is left. On a file system without locks only ``fresh`` guards.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
         file = _held(folder)
     except OSError as error:

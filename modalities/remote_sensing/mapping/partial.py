@@ -68,7 +68,7 @@ def partial(
     refuses (full, read-only), and RequestError where another process is at the same target.
     """
     folder = _folder(target)
-    made = [path for path in target.parents if not path.exists()]
+    made = [path for path in target.parents if not os.path.exists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "strips", "a+b") as file:
