@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns, in every process, of what is meant to be so
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         asked = _parse(arguments)
         asked.command(asked)
@@ -41,10 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, (RequestError, WorkError)):
             return _say(str(error), 2 if isinstance(error, RequestError) else 1)
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            return _say(f"{os.fsdecode(error.filename)}: {error.strerror} (--debug shows where)", 1)
         return _say(f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)", 1)
 
 
 def _say(message: str, status: int) -> int:
+    message = message.encode(errors="backslashreplace").decode()  # names of files may hold bytes that are no text
     print(f"omniadapt: {message}", file=sys.stderr)
     return status
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shared import catalog
+from shared.claim import claimed
 from shared.errors import RequestError
 from shared.recipe import Recipe
 from shared.store import write_atomically
@@ -47,17 +48,18 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], output
     output = directory(recipe, output or Path("runs") / recipe.name / f"compare_{datetime.now():%Y-%m-%d_%H-%M-%S}")
     data = recipe.build("data")
     _check_sites(recipes, data)
-    found: dict[str, list[dict[str, Any]]] = {}
-    for index, (method, one) in enumerate(recipes, 1):
-        print(f"{method}, seed {one.seed} ({index} of {len(recipes)})", flush=True)
-        _forget_peak()
-        result = run(one, output / method / f"seed_{one.seed}", data=data)
-        found.setdefault(method, []).append(result)
-        score, seconds = score_of(result), result["cost"]["train_seconds"]
-        print(f"  {spelled(score)} {number(result['test'][score])} after {seconds:.0f} s of training", flush=True)
-    rows = [_row(method, results) for method, results in found.items()]
-    write_atomically(output / "compare.json", json.dumps([row._asdict() for row in rows], indent=1).encode())
-    page = write_compare_page(output, recipe, rows, found)
+    with claimed(output, fresh=True):
+        found: dict[str, list[dict[str, Any]]] = {}
+        for index, (method, one) in enumerate(recipes, 1):
+            print(f"{method}, seed {one.seed} ({index} of {len(recipes)})", flush=True)
+            _forget_peak()
+            result = run(one, output / method / f"seed_{one.seed}", data=data)
+            found.setdefault(method, []).append(result)
+            score, seconds = score_of(result), result["cost"]["train_seconds"]
+            print(f"  {spelled(score)} {number(result['test'][score])} after {seconds:.0f} s of training", flush=True)
+        rows = [_row(method, results) for method, results in found.items()]
+        write_atomically(output / "compare.json", json.dumps([row._asdict() for row in rows], indent=1).encode())
+        page = write_compare_page(output, recipe, rows, found)
     print_comparison(recipe, rows, found)
     print(f"page: {page}")
     return rows

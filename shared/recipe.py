@@ -144,6 +144,8 @@ def read(source: Path) -> dict[str, Any]:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "unknown place"
         raise RequestError(f"{source}: bad YAML at {place}: {error.problem or error.context}") from error
+    except OSError as error:
+        raise RequestError(f"{source}: cannot be read: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RequestError(f"{source}: not a YAML text: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):

@@ -7,13 +7,14 @@ import logging
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from shared.claim import claimed, is_empty
 from shared.errors import RequestError, WorkError
 from shared.recipe import Recipe
 from shared.store import write_atomically
@@ -49,12 +50,11 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, data: Any = None)
     data = recipe.build("data") if data is None else data
     task = _task(recipe, data)
     described, parameters = data.describe(), task.model.count()
+    for split in (data.train, data.validation, data.test):
+        split()  # a split that cannot be had is refused now
 
     first = processes.rank() == 0
-    if first:
-        output.mkdir(parents=True, exist_ok=True)
-        write_atomically(output / RECIPE, recipe.text().encode())
-    with _logged(output / LOG) if first else nullcontext():
+    with _writing(recipe, output, fresh=not resume) if first else nullcontext():
         _log.info("recipe %s (%s), seed %d%s", recipe.name, recipe.source, recipe.seed, ", resumed" if resume else "")
         _log.info("data %s", json.dumps(described))
         _log.info("parameters %s", json.dumps(parameters))
@@ -86,6 +86,14 @@ def _task(recipe: Recipe, data: Any) -> Any:
     return recipe.build("task", model=build(recipe, data), data=data, optimiser=recipe.build("optimiser"))
 
 
+@contextmanager
+def _writing(recipe: Recipe, output: Path, *, fresh: bool) -> Iterator[None]:
+    """The run directory, for this process alone, with the recipe in it and the log open."""
+    with claimed(output, fresh=fresh), _logged(output / LOG):
+        write_atomically(output / RECIPE, recipe.text().encode())
+        yield
+
+
 class Trained(NamedTuple):
     """A finished run, ready to predict. task: with the trained model, in eval mode, on the GPU where there is one.
     described: what its data said of themselves.  identity: facts that tell the model from any other."""
@@ -109,7 +117,11 @@ def load(folder: Path) -> Trained:
     from shared.store import read_header
 
     for name, what in ((RECIPE, "it is no run directory"), (ADAPTER, "the run has not finished")):
-        if not (folder / name).is_file():
+        try:
+            there = (folder / name).is_file()
+        except OSError as error:
+            raise RequestError(f"{folder / name}: cannot be read: {error.strerror}") from error
+        if not there:
             raise RequestError(f"{folder}: {what}: it holds no {name}")
     described = read_header(folder / ADAPTER)["extra"].get("data")
     if not isinstance(described, dict):
@@ -193,7 +205,7 @@ def directory(recipe: Recipe, output: Path | None, *, resume: bool = False) -> P
         return output
     if output is None:
         return _unused(runs, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and (not output.is_dir() or not is_empty(output)):
         hint = "; add --resume to go on with this run" if (output / RECIPE).is_file() else ""
         raise RequestError(f"{output} is not an empty directory{hint}")
     return output
@@ -237,10 +249,26 @@ def versions() -> dict[str, str]:
     return found
 
 
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written stops the work; by itself ``logging`` would print a traceback and go on."""
+
+    def __init__(self, path: Path):
+        try:
+            super().__init__(path, encoding="utf-8")
+        except OSError as error:
+            raise WorkError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            raise WorkError(f"{self.baseFilename}: cannot be written: {error.strerror or error}") from error
+        super().handleError(record)
+
+
 @contextmanager
 def _logged(path: Path) -> Iterator[None]:
     """Within it, our and Lightning's messages and all warnings also go to ``path``, and so does a failure."""
-    file, terminal = logging.FileHandler(path, encoding="utf-8"), logging.StreamHandler()
+    file, terminal = _LogFile(path), logging.StreamHandler()
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     warned = logging.getLogger("py.warnings")
     pairs = [(_log, file), (logging.getLogger("lightning.pytorch"), file), (warned, file), (warned, terminal)]
@@ -253,11 +281,13 @@ def _logged(path: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         known = isinstance(error, (RequestError, WorkError, KeyboardInterrupt, SystemExit))
-        _log.error("stopped: %s: %s", type(error).__name__, error, exc_info=not known)
+        with suppress(WorkError):  # the disk that stopped the work stops its log as well
+            _log.error("stopped: %s: %s", type(error).__name__, error, exc_info=not known)
         raise
     finally:
         logging.captureWarnings(False)
         _log.setLevel(before)
         for logger, handler in pairs:
             logger.removeHandler(handler)
-        file.close()
+        with suppress(OSError):  # what could not be written was told when it was logged
+            file.close()

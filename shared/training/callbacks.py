@@ -111,6 +111,8 @@ class Checkpoints(Callback):
                 _rename(new, self.folder / "last.ckpt")
             trainer.strategy.barrier()
         except OSError as error:
+            for name in (new, self.folder / ".best.ckpt"):
+                name.unlink(missing_ok=True)
             raise WorkError(f"{self.folder}: cannot write the checkpoint: {error}") from error
 
     def state_dict(self) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for the ways in which a file can be broken
-        line = str(error).strip().partition("\n")[0]
+        line = str(error).strip().partition("\n")[0] or "it ends too early"
         raise RequestError(f"{path}: not a readable checkpoint ({type(error).__name__}: {line})") from error
     if not isinstance(state, dict) or not {"state_dict", "loops", "global_step"} <= state.keys():
         raise RequestError(f"{path}: not a training checkpoint of omniadapt")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
+from shared.errors import WorkError
 from shared.store import write_atomically
 from shared.training import processes
 
@@ -55,8 +59,22 @@ class MetricsFile(Logger):
             self.columns += new
             self._rewrite()
         else:
-            with open(self.path, "a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
+            self._append(row)
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        """Add a row, whole or not at all."""
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns).writerow(row)
+        end = self.path.stat().st_size
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                data = text.getvalue().encode()
+                if file.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self.path, end)
+            raise WorkError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
     def _rewrite(self) -> None:
         if processes.rank() > 0:

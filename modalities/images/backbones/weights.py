@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modalities.images.backbones.inputs import library
 from shared.errors import RequestError
+from shared.store import check_readable
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -46,8 +47,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
     damaged, or holds a number that is not finite. Nothing is unpickled but tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        raise RequestError(f"checkpoint {path}: no such file")
+    check_readable(path)
     return clean(_tensors(path), f"checkpoint {path}")
 
 

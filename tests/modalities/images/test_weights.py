@@ -66,7 +66,7 @@ def test_what_is_no_state_dict_is_refused(content, tmp_path):
 
 def test_missing_and_foreign_files_are_refused(tmp_path):
     assert "no such file" in refused(tmp_path / "none.pth")
-    assert "no such file" in refused(tmp_path)
+    assert "a folder, not a file" in refused(tmp_path)
     (tmp_path / "x.npz").write_bytes(b"PK")
     assert ".safetensors" in refused(tmp_path / "x.npz")
 
