@@ -24,11 +24,7 @@ def read_image(file: Any, where: str | None = None, bands: int = 3) -> np.ndarra
     Raises RequestError where the file is missing, empty or damaged, holds several images, or has other channels.
     """
     where = str(file) if where is None else where
-    picture = _opened(file, where)
-    frames = getattr(picture, "n_frames", 1)
-    if frames > 1 and picture.format != "MPO":  # a camera's second view of one photograph
-        raise RequestError(f"{where}: holds {frames} images; one is wanted")
-    picture = _plain(picture)
+    picture = _plain(_opened(file, where))
     if picture.mode != {1: "L", 3: "RGB"}[bands]:
         have, want = f"{_channels(picture)} ({picture.mode})", f"{bands} of 8 bits ({KINDS[bands]})"
         raise RequestError(f"{where}: channels {have}, wanted {want}; convert the file, or set bands")
@@ -45,6 +41,9 @@ def _opened(file: Any, where: str) -> Any:
             raise RequestError(f"{where}: not a readable image: the file is empty")
     try:
         with image.open(file, formats=FORMATS) as picture:
+            frames = getattr(picture, "n_frames", 1)
+            if frames > 1 and picture.format != "MPO":  # a camera's further views of one photograph are left
+                raise RequestError(f"{where}: holds {frames} images; one is wanted")
             picture.load()
             return library("PIL.ImageOps").exif_transpose(picture) if picture.getexif().get(0x0112, 1) != 1 else picture
     # Pillow raises these and more for the ways in which a file can be broken; an absent or forbidden one is an OSError.

@@ -93,8 +93,7 @@ def draw_image(random: np.random.Generator, kind: str, side: int, bands: int = 3
 
 
 def _colours(random: np.random.Generator, bands: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two colours (bands, 1, 1) that differ by 80 of 255 or more in the mean over bands."""
-    while True:
-        one, other = random.uniform(20, 235, (2, bands, 1, 1))
-        if abs(one - other).mean() >= 80:
-            return one, other
+    """Of ground and figure, (bands, 1, 1) each: any two, of which one is lighter in every band."""
+    dark = random.uniform(60, 110) + random.uniform(-30, 30, (bands, 1, 1))
+    light = dark + random.uniform(60, 100) + random.uniform(-20, 20, (bands, 1, 1))
+    return (dark, light) if random.random() < 0.5 else (light, dark)
