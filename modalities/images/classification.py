@@ -90,9 +90,8 @@ class Classification(Task):
         from modalities.images.labels import label_files
 
         if unfit := [name for name, value in options.items() if value is not None]:
-            raise RequestError(
-                f"predict: classification has no option {unfit[0]!r}; it writes labels and probabilities"
-            )
+            option = "as" if unfit[0] == "kind" else unfit[0]
+            raise RequestError(f"predict: classification has no --{option}; it writes labels and probabilities")
         label_files(self.predict, self.classes, Preparation.of(described), inputs, output, overwrite=overwrite)
 
     def pictures(self, data: Any, count: int = 12) -> Any:

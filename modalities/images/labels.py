@@ -51,7 +51,7 @@ def label_files(
     table.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO(newline="")
     csv.writer(text).writerows([["file", "label", *(f"p/{name}" for name in classes)], *rows])
-    write_atomically(table, text.getvalue().encode())
+    write_atomically(table, text.getvalue().encode(errors="surrogateescape"))  # names that are no UTF-8, as they are
     print(f"{table}: {len(rows)} images")
     if failed:
         raise WorkError(f"{len(failed)} of {len(files)} images failed: {', '.join(map(str, failed))}")

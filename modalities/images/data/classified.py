@@ -42,6 +42,8 @@ class ClassifiedImages:
             raise RequestError(f"{settings}: at least 1, 1, 0 and 0")
         if not 0 < crop <= 1:
             raise RequestError(f"crop {crop}: use a share of the area above 0, 1 for no random crop")
+        if flip not in (None, "horizontal", "both"):
+            raise RequestError(f"flip {flip!r}: use horizontal, both (vertical too) or null")
         self.classes, self.bands, self.band_names = tuple(classes), bands, BAND_NAMES[bands]
         self.size, self.batch_size, self.workers, self.seed = size, batch_size, workers, seed
         self.members = {part: list(members[part]) for part in SPLITS}
@@ -71,6 +73,7 @@ class ClassifiedImages:
             name = getattr(backbone, "name", type(backbone).__name__)
             raise RequestError(f"data.normalisation backbone: {name} states no mean and deviation for "
                                f"{self.bands} bands; use measured, or give them")  # fmt: skip
+        self.__dict__.pop("preparation", None)
         self._stated = given({"mean": statistics[0], "std": statistics[1]}, self.band_names)
 
     @cached_property

@@ -65,7 +65,9 @@ class ImageFolders(ClassifiedImages):
             if isinstance(wanted, Path) or (isinstance(wanted, str) and wanted not in ("train", "rest")):
                 shares[part], pools[part] = 0.0, _stated(Path(wanted), part, items, root)
         labels = [index_of(item, names) for item in items]
-        members = _split(labels, names, pools, shares, per_class, seed, root)
+        if both := set(pools.get("validation", ())) & set(pools.get("test", ())):
+            raise RequestError(f"{items[min(both)].file}: named for both validation and test")
+        members = _split(labels, names, pools, shares, per_class, seed)
         super().__init__(
             _Files(items, labels, bands), names, members, bands=bands, size=size, crop=crop, flip=flip,
             normalisation=normalisation, batch_size=batch_size, workers=workers, seed=seed,
@@ -110,11 +112,9 @@ def _named(source: Path, part: str, items: Sequence[Item], root: Path) -> list[i
 
 def _split(
     labels: list[int], classes: Sequence[str], pools: Mapping[str, list[int]], shares: Mapping[str, Any],
-    per_class: int | None, seed: int, root: Path,
+    per_class: int | None, seed: int,
 ) -> dict[str, list[int]]:  # fmt: skip
     """Indices of each split: as stated, the rest drawn."""
-    if both := set(pools.get("validation", ())) & set(pools.get("test", ())):
-        raise RequestError(f"{root}: image {min(both)} is named for both validation and test")
     taken = {index for pool in pools.values() for index in pool}
     free = [index for index in range(len(labels)) if index not in taken]
     left = {labels[index] for index in free}

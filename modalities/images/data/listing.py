@@ -77,12 +77,13 @@ def _rows(table: Path) -> list[Item]:
         path, label = row["path"], row["label"]
         if not path or not label:
             raise RequestError(f"{table}: line {number} lacks a path or a label")
-        if path in seen:
+        file = table.parent / path
+        if not file.is_file():
+            raise RequestError(f"{table}: line {number}: no such file: {file}")
+        if (true := file.resolve()) in seen:
             raise RequestError(f"{table}: line {number} names {path} a second time")
-        seen.add(path)
-        if not (table.parent / path).is_file():
-            raise RequestError(f"{table}: line {number}: no such file: {table.parent / path}")
-        items.append(Item(composed(path), table.parent / path, composed(label.strip())))
+        seen.add(true)
+        items.append(Item(composed(path), file, composed(label.strip())))
     if not items:
         raise RequestError(f"{table}: holds no row")
     return items

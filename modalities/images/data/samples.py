@@ -109,7 +109,6 @@ class Augmentation:
             pixels = cropping(torch.from_numpy(image))
         else:
             pixels = preparation.square(image)
-        flips = {None: (), "horizontal": (v2.RandomHorizontalFlip(),)}
-        for step in flips.get(self.flip, (v2.RandomHorizontalFlip(), v2.RandomVerticalFlip())):
-            pixels = step(pixels)
-        return pixels
+        if self.flip is not None:
+            pixels = v2.RandomHorizontalFlip()(pixels)
+        return v2.RandomVerticalFlip()(pixels) if self.flip == "both" else pixels
