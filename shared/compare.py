@@ -37,6 +37,8 @@ class Row(NamedTuple):
 def compare(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], output: Path | None = None) -> list[Row]:
     """Train ``recipe`` with each method and seed on the same data, print the table and write ``report.html``.
 
+    Data that the run's seed draws are the same for every method, and others for another seed.
+
     methods: names of classes, or their slugs; a method other than the recipe's own runs with its defaults. Runs go to
     ``<output>/<method>/seed_<n>``. Everything is checked before the first run starts.
     """
@@ -46,14 +48,14 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], output
 
     recipes = _recipes(recipe, methods, seeds or [recipe.seed])
     output = directory(recipe, output or Path("runs") / recipe.name / f"compare_{datetime.now():%Y-%m-%d_%H-%M-%S}")
-    data = recipe.build("data")
-    _check_sites(recipes, data)
+    data = _data(recipes)
+    _check_sites(recipes, data[recipes[0][1].seed])
     with claimed(output, fresh=True):
         found: dict[str, list[dict[str, Any]]] = {}
         for index, (method, one) in enumerate(recipes, 1):
             print(f"{method}, seed {one.seed} ({index} of {len(recipes)})", flush=True)
             _forget_peak()
-            result = run(one, output / method / f"seed_{one.seed}", data=data)
+            result = run(one, output / method / f"seed_{one.seed}", data=data[one.seed])
             found.setdefault(method, []).append(result)
             score, seconds = score_of(result), result["cost"]["train_seconds"]
             print(f"  {spelled(score)} {number(result['test'][score])} after {seconds:.0f} s of training", flush=True)
@@ -74,6 +76,18 @@ def _recipes(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int]) -> li
         if times > 1:
             raise RequestError(f"compare: {value} is named twice")
     return [(name, recipe.replaced(method={"type": name}, seed=seed)) for name in names for seed in seeds]
+
+
+def _data(recipes: Sequence[tuple[str, Recipe]]) -> dict[int, Any]:
+    """The data of each seed: one object for all where the seed draws nothing."""
+    built: dict[str, Any] = {}
+    found: dict[int, Any] = {}
+    for _, one in recipes:
+        key = repr(one.sections["data"].arguments)
+        if key not in built:
+            built[key] = one.build("data")
+        found[one.seed] = built[key]
+    return found
 
 
 def _check_sites(recipes: Sequence[tuple[str, Recipe]], data: Any) -> None:

@@ -2,6 +2,7 @@
 
 A recipe has the sections ``task, data, backbone, method, head, optimiser, trainer`` and a ``seed``. A section names a
 class (``type``, a name that ``shared.catalog`` finds) and gives its keyword-only arguments; the run wires in the rest.
+Data whose ``seed`` is None unless given are drawn by the run's.
 ``tiny`` holds the overrides of a quick run, merged deep. Where ``tiny`` or a command line changes a section's ``type``,
 the section starts empty: settings of one class never leak into another.
 """
@@ -229,6 +230,9 @@ def check(tree: Mapping[str, Any], name: str, source: Path, *, files: bool = Tru
     if problems:
         many = f"{len(problems)} problems\n  " if len(problems) > 1 else ""
         raise RequestError(f"{source}: {many}" + "\n  ".join(problems))
+    if any(a.name == "seed" and a.default == "None" for a in sections["data"].entry.arguments):
+        given = sections["data"].arguments
+        given["seed"] = tree["seed"] if given.get("seed") is None else given["seed"]
     for key in ("optimiser", "trainer"):
         sections.setdefault(key, Section(catalog.find(ONLY[key], key), {}))
     return Recipe(name, source, tree, sections)
@@ -276,7 +280,8 @@ def _value(
         problems.append(f"{path}: wants {argument.type}, got {value!r}")
         return None
     if files:
-        absent = [p for p in _paths(checked, "Path" in argument.type) if not p.exists()]
+        text = "Path" in argument.type and "Literal" not in argument.type
+        absent = [p for p in _paths(checked, text) if not p.exists()]
         problems += [f"{path}: no such file or folder: {p} (paths are relative to {Path.cwd()})" for p in absent]
     return checked
 

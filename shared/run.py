@@ -144,7 +144,9 @@ def build(recipe: Recipe, data: Any) -> Adapted:
     backbone = recipe.build("backbone", bands=data.bands)
     seed(recipe.seed)
     classes = getattr(data, "classes", None)
-    head = recipe.build("head", channels=getattr(backbone, "channels", None), classes=classes and len(classes))
+    channels = getattr(backbone, "channels", None)
+    summary_width = getattr(backbone, "summary_width", channels and channels[-1])
+    head = recipe.build("head", channels=channels, summary_width=summary_width, classes=classes and len(classes))
     seed(recipe.seed)
     method = recipe.build("method")
     try:

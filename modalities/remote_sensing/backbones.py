@@ -62,6 +62,7 @@ class AerialViT(TimmViT):
             model_args={**shape, "class_token": False, "global_pool": "avg", "fc_norm": False},
         )
         self.name = "aerial_vit"
+        self.statistics = (MEAN, STD) if bands == 3 else None
         if weights == "random":  # sines and cosines: neighbours resemble each other from the start
             with torch.no_grad():
                 self.model.pos_embed.copy_(0.5 * positions((12, 12), 192))

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modalities.remote_sensing.data.archive import decode, resized
+from modalities.images.data import read_image
+from modalities.remote_sensing.data.archive import resized
 from shared.errors import RequestError
 
 
@@ -27,7 +28,7 @@ def read_scenes(folder: Path) -> tuple[list[Tensor], Tensor, list[str]]:
     files = [(i, file) for i, kind in enumerate(classes) for file in sorted(kind.iterdir()) if _is_photograph(file)]
     if len(classes) < 2 or {i for i, _ in files} != set(range(len(classes))):
         raise RequestError(f"{folder}: wants two or more folders, one for each class, with JPEG or PNG files in each")
-    photographs = [torch.from_numpy(decode(file, str(file))) for _, file in files]
+    photographs = [torch.from_numpy(read_image(file)) for _, file in files]
     return photographs, torch.tensor([i for i, _ in files]), [path.name for path in classes]
 
 

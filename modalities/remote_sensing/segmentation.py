@@ -34,7 +34,7 @@ class Segmentation(Task):
         self.classes, self.bands, self.ignore_index = tuple(data.classes), data.bands, data.ignore_index
         head: Any = model.head
         if not (hasattr(head, "loss") and hasattr(head, "predict")):
-            raise RequestError("segmentation needs a head: LightDecoder, LinearHead or Mask2FormerHead")
+            raise RequestError("segmentation needs a head: LightDecoder, LinearDecoder or Mask2FormerHead")
         if head.ignore_index != self.ignore_index:
             raise RequestError(f"head.ignore_index {head.ignore_index}: the data use {self.ignore_index}")
         if head.classes != len(self.classes):

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from modalities.images.backbones import weights as w
-from modalities.images.backbones.inputs import check_image, check_multiple, evenly_spaced, library, nearest, pair
+from modalities.images.backbones.inputs import (
+    byte_statistics,
+    check_image,
+    check_multiple,
+    evenly_spaced,
+    library,
+    nearest,
+    pair,
+)
 from modalities.images.backbones.sites import open_clip_sites
 from shared.backbone import Embedded, TokenBackbone
 from shared.errors import RequestError
@@ -71,6 +79,8 @@ class OpenClipTower(TokenBackbone):
         super().__init__(name, depths=depths, total=total, width=tower.conv1.out_channels, prefix=1, normed=normed)
         self.tower, self.bands = tower, bands
         self.image_size, self.patch_size, self.summary_width = tower.image_size, tower.patch_size, tower.output_dim
+        clip = {"mean": library("open_clip").OPENAI_DATASET_MEAN, "std": library("open_clip").OPENAI_DATASET_STD}
+        self.statistics = byte_statistics({**clip, **tag}, bands)
         if pretrained == "random":
             self.source = f"random (seed {seed})"
         else:

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from modalities.images.backbones import weights as w
-from modalities.images.backbones.inputs import check_image, check_multiple, evenly_spaced, library, nearest, pair
+from modalities.images.backbones.inputs import (
+    byte_statistics,
+    check_image,
+    check_multiple,
+    evenly_spaced,
+    library,
+    nearest,
+    pair,
+)
 from modalities.images.backbones.sites import timm_sites
 from shared.backbone import Embedded, TokenBackbone
 from shared.errors import RequestError
@@ -80,6 +88,7 @@ class TimmViT(TokenBackbone):
         )
         self.model, self.bands = model, bands
         self.image_size, self.patch_size = model.patch_embed.img_size, model.patch_embed.patch_size
+        self.statistics = byte_statistics(model.pretrained_cfg, bands)
         check_multiple(name, self.image_size, self.patch_size)
         self.source = _load(model, name, bands, checkpoint) if weights == "pretrained" else f"random (seed {seed})"
 

@@ -76,7 +76,7 @@ class LightDecoder(_PixelHead):
         return resize(self.classify(self.fine(resize(fused, quarter))), size)
 
 
-class LinearHead(_PixelHead):
+class LinearDecoder(_PixelHead):
     """The linear probe (Oquab et al., 2023): batch norm and one linear layer on the concatenated maps.
 
     channels: of the backbone's maps.  classes: number of classes.
