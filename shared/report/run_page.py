@@ -11,7 +11,7 @@ from typing import Any
 from shared.recipe import Recipe
 from shared.report import page, plots
 
-_FIRST = ("loss", "miou", "iou")  # charts in this order, others behind
+_FIRST = ("loss", "miou", "iou", "accuracy", "macro_f1", "f1")  # charts in this order, others behind
 _SPELLED = {"miou": "mIoU", "iou": "IoU", "oa": "overall accuracy", "f1": "F1"}
 
 
@@ -132,11 +132,11 @@ def _pictures(pictures: plots.Pictures | None) -> str:
 
 
 def _confusion(results: Mapping[str, Any]) -> str:
-    matrix, names = results.get("confusion"), list(grouped(results).get("iou", {}))
+    matrix, names = results.get("confusion"), list(grouped(results).get("support", {}))
     if not matrix or len(names) != len(matrix):
         return ""
     rows = [(name, *(f"{count:,}" for count in row)) for name, row in zip(names, matrix, strict=True)]
-    return page.section("Confusion (rows truth, columns prediction, pixels)", page.table(("", *names), rows))
+    return page.section("Confusion (rows truth, columns prediction)", page.table(("", *names), rows))
 
 
 def _compact(values: Any) -> str:
