@@ -127,7 +127,9 @@ def load(folder: Path) -> Trained:
     if not isinstance(described, dict):
         raise RequestError(f"{folder / ADAPTER}: it does not say what data it was trained on")
     chosen = recipes.load(str(folder / RECIPE), files=False)
-    data = SimpleNamespace(**{**described, "bands": len(described["band_names"])})
+    data = SimpleNamespace(**described)
+    if "band_names" in described:  # images
+        data.bands = len(described["band_names"])
     model = build(chosen, data)
     model.load(folder / ADAPTER)
     task = chosen.build("task", model=model, data=data, optimiser=chosen.build("optimiser")).eval()
@@ -137,11 +139,12 @@ def load(folder: Path) -> Trained:
 
 
 def build(recipe: Recipe, data: Any) -> Adapted:
-    """The adapted model of a recipe for data with these bands and classes; the same seed gives the same weights."""
+    """The adapted model of a recipe for data with these bands and classes, as far as they have them; the same seed
+    gives the same weights."""
     from shared.adapted import adapt
 
     seed(recipe.seed)
-    backbone = recipe.build("backbone", bands=data.bands)
+    backbone = recipe.build("backbone", bands=getattr(data, "bands", None))
     seed(recipe.seed)
     classes = getattr(data, "classes", None)
     channels = getattr(backbone, "channels", None)

@@ -206,3 +206,12 @@ def multihead_sites(path: str, attention: nn.MultiheadAttention, depth: int, **m
         ]
     out = f"{path}.out_proj".lstrip(".")
     return [*sites, Site("attention.output", depth, out, attention.out_proj, width=width, **more)]
+
+
+def norm_sites(path: str, norm: nn.Module, depth: int, prefix: int = 0, *tags: str) -> Iterator[Site]:
+    """A norm's weight and bias, as far as it has them; its own name is a tag."""
+    for parameter in ("weight", "bias"):
+        tensor = norm._parameters.get(parameter)
+        if tensor is not None:
+            names = (path.rpartition(".")[2], *tags)
+            yield Site("norm", depth, path, norm, parameter, prefix=prefix, width=tensor.numel(), tags=names)

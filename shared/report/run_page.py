@@ -11,7 +11,7 @@ from typing import Any
 from shared.recipe import Recipe
 from shared.report import page, plots
 
-_FIRST = ("loss", "miou", "iou")  # charts in this order, others behind
+_FIRST = ("loss", "miou", "iou", "accuracy", "macro_f1", "f1")  # charts in this order, others behind
 _SPELLED = {"miou": "mIoU", "iou": "IoU", "oa": "overall accuracy", "f1": "F1", "macro_f1": "macro-F1"}
 
 

@@ -265,6 +265,8 @@ def trains_what_its_record_says(case: Case) -> None:
     assert case.model.count()["adapter"] == taxonomy.count(record, case.method, case.method.sites(case.model.sites()))
 
 
+# torch's own notice while it compiles the activation of BLOOM, an autograd function of the library.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", CAPABILITIES)
 @pytest.mark.parametrize(("method", "host"), cases())
 def test_capability(method: str, host: str, name: str, tmp_path) -> None:

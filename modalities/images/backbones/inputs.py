@@ -69,3 +69,15 @@ def evenly_spaced(total: int, count: int = 4) -> tuple[int, ...]:
     """``count`` depths (0-based) at equal steps through ``total`` blocks, the last included; all of fewer blocks."""
     count = min(count, total)
     return tuple(round((i + 1) * total / count) - 1 for i in range(count))
+
+
+def fit_bands(kernel: Tensor, bands: int, source: str) -> Tensor:
+    """An RGB patch kernel (C, 3, h, w) for another number of bands, as timm does: repeated and scaled by 3 / bands.
+
+    Raises RequestError where the kernel has neither 3 nor ``bands`` input bands.
+    """
+    if kernel.shape[1] == bands:
+        return kernel
+    if kernel.shape[1] != 3:
+        raise RequestError(f"{source}: its patch kernel takes {kernel.shape[1]} bands, the backbone {bands}")
+    return library("timm.models").adapt_input_conv(bands, kernel)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from shared.sites import Site, Sites, multihead_sites
+from shared.sites import Site, Sites, multihead_sites, norm_sites
 
 QKV = ("attention.query", "attention.key", "attention.value")
 
@@ -57,15 +57,6 @@ def open_clip_sites(backbone: Any) -> Sites:
             *norm_sites(f"{path}.ln_2", block.ln_2, depth, 1, "norm2"),
         ]
     return Sites([*sites, *norm_sites("tower.ln_post", tower.ln_post, last, 1, "final")], backbone.name)
-
-
-def norm_sites(path: str, norm: nn.Module, depth: int, prefix: int, *tags: str) -> Iterator[Site]:
-    """A norm's weight and bias, as far as it has them; its own name is a tag."""
-    for parameter in ("weight", "bias"):
-        tensor = norm._parameters.get(parameter)
-        if tensor is not None:
-            names = (path.rpartition(".")[2], *tags)
-            yield Site("norm", depth, path, norm, parameter, prefix=prefix, width=tensor.numel(), tags=names)
 
 
 def _attention(path: str, attention: Any, depth: int, prefix: int, width: int) -> Iterator[Site]:

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from modalities.images.backbones.inputs import library
 from shared.errors import RequestError
 from shared.store import check_readable
 
@@ -135,15 +134,3 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], name: str, source: str) 
 
 def _first(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def fit_bands(kernel: Tensor, bands: int, source: str) -> Tensor:
-    """An RGB patch kernel (C, 3, h, w) for another number of bands, as timm does: repeated and scaled by 3 / bands.
-
-    Raises RequestError where the kernel has neither 3 nor ``bands`` input bands.
-    """
-    if kernel.shape[1] == bands:
-        return kernel
-    if kernel.shape[1] != 3:
-        raise RequestError(f"{source}: its patch kernel takes {kernel.shape[1]} bands, the backbone {bands}")
-    return library("timm.models").adapt_input_conv(bands, kernel)
