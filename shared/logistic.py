@@ -10,13 +10,16 @@ from torch import Tensor
 
 
 def logistic_regression(
-    features: Tensor, labels: Tensor, classes: int, decay: float = 0.3
+    features: Tensor, labels: Tensor, classes: int, decay: float = 0.3, standardise: bool = True
 ) -> Callable[[Tensor], Tensor]:
-    """Fit on features (N, C), standardised by themselves, and give a function from features to class indices.
+    """Fit on features (N, C) and give a function from features to class indices.
 
-    decay: half the squared weights times this is added to the mean cross entropy.
+    decay: half the squared weights times this is added to the mean cross entropy.  standardise: features by their mean
+    and deviation first (not where most are zero, which would make much of the rarest).
     """
-    mean, deviation = features.mean(0), features.std(0) + 1e-6
+    mean, deviation = torch.zeros(()), torch.ones(())
+    if standardise:
+        mean, deviation = features.mean(0), features.std(0) + 1e-6
     weight = torch.zeros(features.shape[1], classes, requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
     known = (features - mean) / deviation

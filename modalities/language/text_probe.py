@@ -33,7 +33,8 @@ SETS: dict[str, dict[str, Any]] = {
     "SST-2": {"train": "stsa.binary.train", "test": "stsa.binary.dev"},
     "Subj": {"train": "subj.part_shared.all", "encoding": "latin-1"},
 }
-DECAYS = (0.003, 0.03, 0.3)
+DECAYS = (0.003, 0.03, 0.3)  # of standardised states
+WORD_DECAYS = (0.00003, 0.0001, 0.0003, 0.001)  # of rows of unit length
 PARTS = ("train", "validation", "test")
 
 
@@ -68,13 +69,13 @@ def words(train: Sequence[Sample], samples: Sequence[Sample], least: int = 2) ->
     return torch.nn.functional.normalize(found, dim=1)
 
 
-def probe(features: dict[str, Tensor], labels: dict[str, Tensor], seed: int) -> float:
+def probe(features: dict[str, Tensor], labels: dict[str, Tensor], seed: int, sparse: bool = False) -> float:
     """Accuracy on the test part of a regression on nine tenths of the training part, drawn by the seed."""
     order = torch.randperm(len(labels["train"]), generator=torch.Generator().manual_seed(seed))
     drawn, classes = order[: round(0.9 * len(order))], int(labels["train"].max()) + 1
     known, scores = features["train"][drawn], []
-    for decay in DECAYS:
-        predict = logistic_regression(known, labels["train"][drawn], classes, decay)
+    for decay in WORD_DECAYS if sparse else DECAYS:
+        predict = logistic_regression(known, labels["train"][drawn], classes, decay, standardise=not sparse)
         scores.append([_accuracy(predict(features[part]), labels[part]) for part in ("validation", "test")])
     return max(scores, key=lambda pair: pair[0])[1]
 
@@ -88,8 +89,8 @@ def measure(data: TextFiles, weights: str | None, pooling: str, seeds: int) -> d
     labels = {part: torch.tensor([s.label for s in data.samples[part]]) for part in PARTS}
     found: dict[str, list[float]] = {}
 
-    def add(name: str, features: dict[str, Tensor], seed: int) -> None:
-        found.setdefault(name, []).append(probe(features, labels, seed))
+    def add(name: str, features: dict[str, Tensor], seed: int, sparse: bool = False) -> None:
+        found.setdefault(name, []).append(probe(features, labels, seed, sparse))
 
     ours = SmallLM(checkpoint=weights)
     mine = {part: states(ours, data, data.samples[part], pooling) for part in PARTS}
@@ -98,7 +99,7 @@ def measure(data: TextFiles, weights: str | None, pooling: str, seeds: int) -> d
         random = SmallLM(weights="random", seed=seed)
         add(f"{ours.name}, {ours.source}", mine, seed)
         add("the same, random weights", {p: states(random, data, data.samples[p], pooling) for p in PARTS}, seed)
-        add("tf-idf of words", bag, seed)
+        add("tf-idf of words", bag, seed, sparse=True)
     return found
 
 

@@ -23,6 +23,8 @@ from shared.sites import Sites
 # What the library raises for a configuration that makes no model.
 REFUSALS = (TypeError, AssertionError, ValueError, ZeroDivisionError, RuntimeError, KeyError, AttributeError)
 
+HUB_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
 
 class Hidden(NamedTuple):
     """What a language backbone returns.
@@ -153,10 +155,12 @@ def _configuration(name: str, repository: str | None, checkpoint: str | None, ch
                 return _changed(functools.partial(AutoConfig.for_model, family), shape, changes, name)
             if name in FAMILIES:
                 return _changed(functools.partial(AutoConfig.for_model, name), {}, changes, name)
-            return _changed(functools.partial(AutoConfig.from_pretrained, name), {}, changes, name)
+            if "/" not in name:
+                raise RequestError(f"{name}: no family and no published name known here{published.hint(name)}")
+            place = w.fetch(name, name, ("config.json",)).parent
+            return _changed(functools.partial(AutoConfig.from_pretrained, place), {}, changes, name)
     except OSError as error:
-        what = f"checkpoint {folder}" if folder is not None else f"no published name known here{published.hint(name)}"
-        raise RequestError(f"{name}: {what}; its configuration cannot be read ({_line(error)})") from error
+        raise RequestError(f"{folder or name}: its configuration cannot be read ({_line(error)})") from error
     except REFUSALS as error:
         raise RequestError(f"{name}: transformers refuses this configuration: {_line(error)}") from error
 
@@ -210,13 +214,14 @@ def _pretrained(
     if checkpoint is not None and Path(checkpoint).is_file():
         place, more["state_dict"] = None, w.read(checkpoint)
     more |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if checkpoint is None:
+        w.fetch(name, name, HUB_FILES)  # offline is known at once, and told with a way out
     try:
         with _quiet(), torch.device("cpu"):
             model, found = type(outline).from_pretrained(place, **more)
     except Exception as error:  # whatever the library and its client raise: offline, gated, gone, damaged
-        get = f"; where there is a network run `hf download {name}` and add checkpoint=FOLDER" if not checkpoint else ""
         reason = f"{type(error).__name__}: {_line(error)}"
-        raise RequestError(f"{source}: its weights cannot be read ({reason}){get}") from error
+        raise RequestError(f"{source}: its weights cannot be read ({reason})") from error
     _check(model, found, FAMILIES[config.model_type].blocks, f"{source}: it does not fit {name}")
     return model.to(device), source
 

@@ -225,8 +225,10 @@ def test_eager_attention_can_be_differentiated_twice():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "gpt2", "weights": "random"}, "no published name known here"),
+        ({"name": "gpt2", "weights": "random"}, "no family and no published name known here"),
         ({"name": "roberta-bose", "weights": "random"}, "nearest: 'roberta-base'"),
+        ({"name": "some/model", "weights": "random"}, "where there is a network run `hf download some/model"),
+        ({"name": "roberta-base"}, "where there is a network run `hf download FacebookAI/roberta-base"),
         ({"name": "llama", "weights": "random", "config": {"hiden_size": 8}}, "no 'hiden_size'; nearest: 'hidden_"),
         ({"name": "llama", "weights": "random", "config": {**SMALL, "hidden_size": 15}}, "refuses .*: The hidden size"),
         ({"name": "opt", "weights": "random", "config": {**SMALL, "hidden_size": 15}}, "refuses this configuration"),
