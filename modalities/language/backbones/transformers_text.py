@@ -20,9 +20,6 @@ from shared.catalog import nearest
 from shared.errors import RequestError
 from shared.sites import Sites
 
-# What the library raises for a configuration that makes no model.
-REFUSALS = (TypeError, AssertionError, ValueError, ZeroDivisionError, RuntimeError, KeyError, AttributeError)
-
 HUB_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -161,7 +158,9 @@ def _configuration(name: str, repository: str | None, checkpoint: str | None, ch
             return _changed(functools.partial(AutoConfig.from_pretrained, place), {}, changes, name)
     except OSError as error:
         raise RequestError(f"{folder or name}: its configuration cannot be read ({_line(error)})") from error
-    except REFUSALS as error:
+    except RequestError:
+        raise
+    except Exception as error:  # each check of the library has a kind of its own
         raise RequestError(f"{name}: transformers refuses this configuration: {_line(error)}") from error
 
 
@@ -193,7 +192,7 @@ def _random(kind: Any, config: Any, options: dict[str, Any], name: str, seed: in
     try:
         with _quiet():
             return w.build(lambda: kind.from_config(config, **options), seed)
-    except REFUSALS as error:
+    except Exception as error:  # as above
         raise RequestError(f"{name}: transformers refuses this configuration: {_line(error)}") from error
 
 

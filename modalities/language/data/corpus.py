@@ -174,7 +174,8 @@ def shared_out(texts: Sequence[str], validation: float, test: float, seed: int) 
         raise RequestError(f"validation {validation} and test {test}: fractions above 0, together below 1")
     distinct = sorted(set(texts))
     random.Random(seed).shuffle(distinct)
-    total, parts, home = sum(map(len, texts)), dict.fromkeys(SPLITS, 0), {}
+    total, home = sum(map(len, texts)), dict[str, str]()
+    parts: dict[str, int] = dict.fromkeys(SPLITS, 0)
     for text in distinct:
         short = [p for p, share in (("test", test), ("validation", validation)) if parts[p] < share * total]
         home[text] = short[0] if short else "train"
