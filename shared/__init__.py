@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from shared.methods import LoRA as LoRA
     from shared.sites import Site as Site
     from shared.sites import Sites as Sites
+    from shared.taxonomy import Record as Record
 
 _HOME = {
     "Adapted": "shared.adapted", "adapt": "shared.adapted", "trainable": "shared.adapted",
     "Adapter": "shared.adapter", "WeightAdapter": "shared.adapter", "Backbone": "shared.backbone",
     "RequestError": "shared.errors", "WorkError": "shared.errors", "Method": "shared.method",
     "LoRA": "shared.methods", "Site": "shared.sites", "Sites": "shared.sites",
+    "Record": "shared.taxonomy",
 }  # fmt: skip
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shared import store
+from shared import store, trained
 from shared.backbone import Backbone, fingerprint
 from shared.context import Context
 from shared.errors import RequestError
@@ -63,6 +63,7 @@ class Adapted(nn.Module):
         self.backbone, self.head = backbone, head
         self.bank = Bank()
         self.methods: dict[str, Method] = {}
+        self.prepared: set[str] = set()
         self.state = State()
         self.context: Context = backbone.context if isinstance(backbone, Backbone) else Context()
         self._sites = sites
@@ -132,6 +133,7 @@ class Adapted(nn.Module):
             if "_port" in host.__dict__:
                 detach(host, name)
         del self.bank[name], self.methods[name]
+        self.prepared.discard(name)
         self.state.active = tuple(pair for pair in self.state.active if pair[0] != name)
         if not self.methods:
             for parameter_name, parameter in self.backbone.named_parameters():
@@ -200,10 +202,28 @@ class Adapted(nn.Module):
             self.backbone.eval()
         return self
 
-    def step(self, number: int) -> None:
-        """Tell the active methods which training step comes next."""
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def unprepared(self) -> list[str]:
+        """Active adapters that start from data and were neither prepared nor loaded."""
+        starts = [n for n in self.active if type(self.methods[n]).prepare is not Method.prepare]
+        return [name for name in starts if name not in self.prepared]
+
+    def prepare(self, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
+        """Let the active methods that start from data see them (see ``Method.prepare``); each only once."""
+        for name in self.unprepared():
+            self.methods[name].prepare(self, name, batches, loss)
+            self.prepared.add(name)
+
+    def step(self, number: int, seed: int = 0) -> None:
+        """Tell the active methods which training step comes next; ``seed`` is the run's."""
+        generator = torch.Generator().manual_seed(hash((seed, number)) & 0xFFFF_FFFF_FFFF)
         for name in self.active:
-            self.methods[name].step(self.bank[name], number)  # type: ignore[arg-type]
+            self.methods[name].step(self.bank[name], number, generator)  # type: ignore[arg-type]
+
+    def loss(self, task: Any, batch: Any) -> Tensor:
+        """The task's training loss of a batch, as the active method wants it computed."""
+        return self.methods[self.active[-1]].loss(task, batch) if self.active else task.loss(batch)
 
     def penalty(self) -> Tensor:
         """The sum of the active methods' extra losses; 0 where there are none."""
@@ -227,34 +247,33 @@ class Adapted(nn.Module):
     # -- what trains -----------------------------------------------------------------------------------------------
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Exactly what trains: ``adapter.<name>.<site>.<tensor>``, ``head.<tensor>``, ``backbone.<tensor>``."""
-        found = {f"adapter.{n}": p for n, p in self.bank.named_parameters() if n.partition(".")[0] in self.active}
-        if self.head is not None:
-            found |= {f"head.{n}": p for n, p in self.head.named_parameters()}
-        found |= {f"backbone.{n}": p for n, p in self.backbone.named_parameters()}
-        return {n: p for n, p in found.items() if p.requires_grad}
+        """Exactly what trains: ``adapter.<name>.<site>.<tensor>``, ``head.<tensor>``, ``backbone.<tensor>``.
+
+        Raises RequestError where an active adapter starts from data and was not prepared.
+        """
+        if waiting := self.unprepared():
+            raise RequestError(
+                f"adapter {waiting[0]!r} ({type(self.methods[waiting[0]]).__name__}) starts from data: call "
+                "prepare(batches, loss) before training it"
+            )
+        return trained.parameters(self)
 
     def groups(self) -> list[dict[str, Any]]:
         """The trainable parameters by role, for an optimiser: dictionaries with ``role``, ``names`` and ``params``."""
-        roles: dict[str, dict[str, Any]] = {}
-        for name, parameter in self.trainable().items():
-            role = name.partition(".")[0]
-            group = roles.setdefault(role, {"role": role, "names": [], "params": []})
-            group["names"].append(name)
-            group["params"].append(parameter)
-        return list(roles.values())
+        return trained.groups(self)
 
     def count(self) -> dict[str, int]:
         """Numbers of parameters: trainable, of them adapter and head, and frozen."""
-        sizes = {group["role"]: sum(p.numel() for p in group["params"]) for group in self.groups()}
-        frozen = sum(p.numel() for p in self.backbone.parameters() if not p.requires_grad)
-        trainable = sum(sizes.values())
-        return {
-            "trainable": trainable,
-            "adapter": sizes.get("adapter", 0),
-            "head": sizes.get("head", 0),
-            "frozen": frozen,
-        }
+        return trained.count(self)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Trained tensors and the buffers of active adapters and head, by the names of ``trainable``."""
+        return trained.state(self)
+
+    def load_trained_state(self, state: Mapping[str, Tensor], source: str = "state") -> None:
+        """Copy tensors in; every name and shape must fit, and nothing is changed where one does not."""
+        trained.load(self, state, source)
+        self.prepared |= set(self.active)
 
     # -- files -----------------------------------------------------------------------------------------------------
 
@@ -270,35 +289,6 @@ class Adapted(nn.Module):
                 raise RequestError("the weights are merged; unmerge() before saving or loading")
             self._fingerprint = fingerprint(self.backbone)
         return self._fingerprint
-
-    def trained_state(self) -> dict[str, Tensor]:
-        """Trained tensors and the buffers of active adapters and head, by the names of ``trainable``."""
-        state: dict[str, Tensor] = {n: p.detach() for n, p in self.trainable().items()}
-        state |= {f"adapter.{n}": b for n, b in self.bank.named_buffers() if n.partition(".")[0] in self.active}
-        if self.head is not None:
-            state |= {f"head.{n}": b for n, b in self.head.named_buffers()}
-        if any(n.startswith("backbone.") for n in state):
-            state |= {f"backbone.{n}": b for n, b in self.backbone.named_buffers()}
-        return state
-
-    def load_trained_state(self, state: Mapping[str, Tensor], source: str = "state") -> None:
-        """Copy tensors in; every name and shape must fit, and nothing is changed where one does not."""
-        mine = self.trained_state()
-        missing, extra = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
-        shapes = [n for n in mine if n in state and mine[n].shape != state[n].shape]
-        if missing or extra or shapes or not state:
-            problems = [
-                f"{len(v)} {what} (first: {v[0]})"
-                for what, v in (("missing", missing), ("unexpected", extra), ("of another shape", shapes))
-                if v
-            ]
-            used = len(state) - len(extra) - len(shapes)
-            raise RequestError(
-                f"{source}: {used} of its {len(state)} tensors fit this model; {', '.join(problems) or 'it is empty'}"
-            )
-        with torch.no_grad():
-            for name, tensor in state.items():
-                mine[name].copy_(tensor)
 
     def save(
         self,

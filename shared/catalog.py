@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import RequestError
+from shared.taxonomy import Record
 
 KINDS = ("task", "data", "backbone", "method", "head", "optimiser", "trainer")
 _ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +52,7 @@ class Entry:
     module: str
     doc: str
     arguments: tuple[Argument, ...]
+    record: Record | None = None  # a method's place on the map of the field
 
     @property
     def summary(self) -> str:
@@ -109,6 +111,7 @@ class _Class:
     arguments: list[Argument] | None  # None where it inherits its constructor
     wired: bool  # its own constructor has positional arguments
     open: bool  # its constructor passes further arguments up
+    record: dict[str, Any] | None = None
 
 
 @dataclass
@@ -126,7 +129,8 @@ def _catalogue() -> tuple[Entry, ...]:
         kind = _kind(each, by_name)
         if kind is None:
             continue
-        entry = Entry(each.name, kind, each.module, each.doc, tuple(_arguments(each, by_name)))
+        record = _record(each) if kind == "method" else None
+        entry = Entry(each.name, kind, each.module, each.doc, tuple(_arguments(each, by_name)), record)
         if other := found.get(fold(entry.name)):
             raise RequestError(
                 f"two classes are called {entry.name}: {other.module} and {entry.module}; rename one of them"
@@ -158,11 +162,30 @@ def _read(path: Path) -> _Module:
             wired = init is not None and len(init.args.args) > 1
             arguments, passes_on = _constructor(node, init)
             module.classes.append(
-                _Class(node.name, _dotted(path), bases, doc, set(functions), arguments, wired, passes_on)
+                _Class(node.name, _dotted(path), bases, doc, set(functions), arguments, wired, passes_on, _facts(node))
             )
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             module.aliases[node.targets[0].id] = ast.unparse(node.value)
     return module
+
+
+def _facts(node: ast.ClassDef) -> dict[str, Any] | None:
+    """The literal arguments of ``record: ClassVar = Record(...)``, where the class has one."""
+    for each in node.body:
+        if (
+            isinstance(each, ast.AnnAssign)
+            and ast.unparse(each.target) == "record"
+            and isinstance(each.value, ast.Call)
+        ):
+            return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in each.value.keywords}
+    return None
+
+
+def _record(method: _Class) -> Record | None:
+    try:
+        return None if method.record is None else Record(**method.record)
+    except TypeError as error:
+        raise RequestError(f"method {method.name} ({method.module}): its record does not read: {error}") from error
 
 
 def _line(each: _Class, by_name: dict[str, _Class]) -> Iterator[_Class | str]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted."""
     # Threads that wait sleep: spinning ones make small models many times slower wherever something else is running.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns, in every process, of what is meant to be so
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         asked = _parse(arguments)
         asked.command(asked)
@@ -31,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say("interrupted", 130)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # what Lightning makes of Ctrl-C
-            return _say("interrupted (--resume goes on from the last check)", 130)
+            return _say("interrupted (--resume goes on from the last checkpoint)", 130)
         raise
     except BrokenPipeError:  # the reader of our output has gone; nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -41,10 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, (RequestError, WorkError)):
             return _say(str(error), 2 if isinstance(error, RequestError) else 1)
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            return _say(f"{os.fsdecode(error.filename)}: {error.strerror} (--debug shows where)", 1)
         return _say(f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)", 1)
 
 
 def _say(message: str, status: int) -> int:
+    message = message.encode(errors="backslashreplace").decode()  # names of files may hold bytes that are no text
     print(f"omniadapt: {message}", file=sys.stderr)
     return status
 
@@ -107,9 +113,9 @@ def _parser() -> _Parser:
     predict.add_argument("--bands", metavar="N,N", type=_numbers, help="which bands to read, whatever their names")
     predict.add_argument("--overwrite", action="store_true", help="replace what is there")
     add("count", "Count a recipe's parameters without loading weights or data.", recipe, as_json)
-    add("list", "List what there is.", as_json).add_argument(
-        "what", choices=LISTS, help=", ".join(LISTS), metavar="WHAT"
-    )
+    listing = add("list", "List what there is.", as_json)
+    listing.add_argument("what", choices=LISTS, help=", ".join(LISTS), metavar="WHAT")
+    listing.add_argument("filters", metavar="key=value", nargs="*", help="of methods, such as mergeable=yes")
     add("show", "Show a class with its settings, or the text of a recipe.").add_argument("what", metavar="NAME")
     add("inspect", "Show what an adapter file holds.").add_argument("file", metavar="FILE", type=Path)
     return parser
@@ -128,17 +134,22 @@ def _numbers(text: str) -> list[int]:
 def _run(asked: argparse.Namespace) -> None:
     from shared import recipe, run
     from shared.report.terminal import print_run
+    from shared.training.processes import rank
 
     chosen = recipe.load(asked.recipe, asked.overrides, tiny=asked.tiny)
     folder = run.directory(chosen, asked.output, resume=asked.resume)
     found = run.run(chosen, folder, resume=asked.resume)
-    print_run(found)
-    print(f"page: {folder / run.PAGE}")
+    if rank() == 0:
+        print_run(found)
+        print(f"page: {folder / run.PAGE}")
 
 
 def _compare(asked: argparse.Namespace) -> None:
     from shared import compare, recipe
+    from shared.training.processes import launched
 
+    if launched():
+        raise RequestError("compare starts its processes itself: call it without torchrun, with trainer.devices=N")
     if asked.resume and asked.output is None:
         raise RequestError("compare --resume: name the directory of the comparison with --output")
     chosen = recipe.load(asked.recipe, asked.overrides, tiny=asked.tiny)
@@ -169,22 +180,14 @@ def _count(asked: argparse.Namespace) -> None:
 
 
 def _list(asked: argparse.Namespace) -> None:
-    rows = _rows(asked.what)
+    from shared import listing
+
+    rows = listing.rows(LISTS[asked.what], asked.filters)
     if asked.json:
         print(json.dumps(rows))
         return
-    width = max((len(row["name"]) for row in rows), default=0)
-    room = shutil.get_terminal_size().columns - width - 2 if sys.stdout.isatty() else sys.maxsize
-    for row in rows:
-        print(f"{row['name']:<{width}}  {textwrap.shorten(row['summary'], max(room, 20), placeholder=' …')}")
-
-
-def _rows(what: str) -> list[dict[str, str]]:
-    from shared import catalog, recipe
-
-    if what == "recipes":
-        return [{"name": name, "summary": recipe.summary(recipe.locate(name))} for name in recipe.names()]
-    return [{"name": e.name, "summary": e.summary, "module": e.module} for e in catalog.entries(LISTS[what])]
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    print("\n".join(listing.lines(rows, columns)))
 
 
 def _show(asked: argparse.Namespace) -> None:

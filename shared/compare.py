@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shared import catalog
+from shared.claim import claimed
 from shared.errors import RequestError
 from shared.recipe import Recipe
 from shared.store import write_atomically
@@ -49,6 +50,8 @@ def compare(
 ) -> list[Row]:  # fmt: skip
     """Train ``recipe`` with each method and seed on the same data, print the table and write ``report.html``.
 
+    Data that the run's seed draws are the same for every method, and others for another seed.
+
     methods: names of classes, or their slugs; a method other than the recipe's own runs with its defaults. Runs go to
     ``<output>/<method>/seed_<n>``. Everything is checked before the first run starts.
     folds: cross-validation: each method and seed trains ``folds`` times, with ``data.fold`` 0, 1 ... of
@@ -60,24 +63,25 @@ def compare(
     from shared.run import RECIPE, directory
 
     planned = _plan(recipe, methods, seeds or [recipe.seed], folds)
-    if not (resume and output and any((output / one.place / RECIPE).is_file() for one in planned)):
-        output = directory(recipe, output or Path("runs") / recipe.name / f"compare_{datetime.now():%Y-%m-%d_%H-%M-%S}")
-    data = [one.build("data") for _, one, _ in planned[: folds or 1]]
+    begun = output if resume and output and any((output / one.place / RECIPE).is_file() for one in planned) else None
+    named = output or Path("runs") / recipe.name / f"compare_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    output = begun or directory(recipe, named)
+    data = _data(planned)
     _check_sites(planned, data[0])
-    runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for index, one in enumerate(planned):
-        seed = one.recipe.seed
-        print(f"{one.place.replace('/', ', ').replace('_', ' ')} ({index + 1} of {len(planned)})", flush=True)
-        result = _run(one, output, data[index % len(data)])
-        runs.setdefault((one.method, seed), []).append(result)
-        score, seconds = score_of(result), result["cost"]["train_seconds"]
-        print(f"  {spelled(score)} {number(result['test'][score])} after {seconds:.0f} s of training", flush=True)
-    found: dict[str, list[dict[str, Any]]] = {}
-    for (method, _), results in runs.items():
-        found.setdefault(method, []).append(_together(recipe, results) if folds else results[0])
-    rows = [_row(method, results) for method, results in found.items()]
-    write_atomically(output / "compare.json", json.dumps([row._asdict() for row in rows], indent=1).encode())
-    page = write_compare_page(output, recipe, rows, found, [one.place for one in planned])
+    with claimed(output, fresh=begun is None):
+        runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for index, one in enumerate(planned):
+            print(f"{one.place.replace('/', ', ').replace('_', ' ')} ({index + 1} of {len(planned)})", flush=True)
+            result = _run(one, output, data[index])
+            runs.setdefault((one.method, one.recipe.seed), []).append(result)
+            score, seconds = score_of(result), result["cost"]["train_seconds"]
+            print(f"  {spelled(score)} {number(result['test'][score])} after {seconds:.0f} s of training", flush=True)
+        found: dict[str, list[dict[str, Any]]] = {}
+        for (method, _), results in runs.items():
+            found.setdefault(method, []).append(_together(recipe, results) if folds else results[0])
+        rows = [_row(method, results) for method, results in found.items()]
+        write_atomically(output / "compare.json", json.dumps([row._asdict() for row in rows], indent=1).encode())
+        page = write_compare_page(output, recipe, rows, found, [one.place for one in planned])
     print_comparison(recipe, rows, found)
     print(f"page: {page}")
     return rows
@@ -127,6 +131,16 @@ def _together(recipe: Recipe, results: Sequence[dict[str, Any]]) -> dict[str, An
         "cost": cost,
         "file_bytes": statistics.fmean(result["file_bytes"] for result in results),
     }
+
+
+def _data(planned: Sequence[Planned]) -> list[Any]:
+    """The data of each training, in its order: one object for all that describe the same."""
+    built: dict[str, Any] = {}
+    for one in planned:
+        key = repr(one.recipe.sections["data"].arguments)
+        if key not in built:
+            built[key] = one.recipe.build("data")
+    return [built[repr(one.recipe.sections["data"].arguments)] for one in planned]
 
 
 def _check_sites(planned: Sequence[Planned], data: Any) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from shared.adapter import Adapter, WeightAdapter
 from shared.sites import Site, Sites
+from shared.taxonomy import Record
+
+if TYPE_CHECKING:
+    from shared.adapted import Adapted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,7 @@ class Method:
     """
 
     trains_backbone: ClassVar[bool] = False
+    record: ClassVar[Record]
 
     def sites(self, sites: Sites) -> Sites | None:
         """Where to act; None says "nowhere, on purpose" (an empty selection is an error)."""
@@ -35,8 +40,22 @@ class Method:
         """The modules of all sites by key; override it where sites share modules or depend on their order."""
         return {site.key: self.build(site) for site in sites}
 
-    def step(self, adapters: Mapping[str, nn.Module], number: int) -> None:
-        """Called before each training step, for schedules."""
+    def prepare(self, model: Adapted, name: str, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
+        """Called once before training, where an adapter starts from data: statistics, scores, a phase of its own.
+
+        batches: training batches, iterable more than once.  loss: the task's loss of a batch. What it finds out lives
+        in the parameters and buffers of the adapters, made in ``build`` with their final shapes.
+        """
+
+    def step(self, adapters: Mapping[str, nn.Module], number: int, generator: Generator) -> None:
+        """Called before each training step, for schedules and for what is drawn once a step.
+
+        generator: seeded by the run and the step's number, alike in every process.
+        """
+
+    def loss(self, task: Any, batch: Any) -> Tensor:
+        """The training loss of a batch; a method that trains on more than one pass runs ``task.outputs`` itself."""
+        return task.loss(batch)
 
     def penalty(self, adapters: Mapping[str, nn.Module]) -> Tensor | None:
         """An extra loss of the step, or None."""

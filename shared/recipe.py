@@ -2,6 +2,7 @@
 
 A recipe has the sections ``task, data, backbone, method, head, optimiser, trainer`` and a ``seed``. A section names a
 class (``type``, a name that ``shared.catalog`` finds) and gives its keyword-only arguments; the run wires in the rest.
+Data whose ``seed`` is None unless given are drawn by the run's.
 ``tiny`` holds the overrides of a quick run, merged deep. Where ``tiny`` or a command line changes a section's ``type``,
 the section starts empty: settings of one class never leak into another.
 """
@@ -144,6 +145,8 @@ def read(source: Path) -> dict[str, Any]:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "unknown place"
         raise RequestError(f"{source}: bad YAML at {place}: {error.problem or error.context}") from error
+    except OSError as error:
+        raise RequestError(f"{source}: cannot be read: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RequestError(f"{source}: not a YAML text: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
@@ -227,6 +230,9 @@ def check(tree: Mapping[str, Any], name: str, source: Path, *, files: bool = Tru
     if problems:
         many = f"{len(problems)} problems\n  " if len(problems) > 1 else ""
         raise RequestError(f"{source}: {many}" + "\n  ".join(problems))
+    if any(a.name == "seed" and a.default == "None" for a in sections["data"].entry.arguments):
+        given = sections["data"].arguments
+        given["seed"] = tree["seed"] if given.get("seed") is None else given["seed"]
     for key in ("optimiser", "trainer"):
         sections.setdefault(key, Section(catalog.find(ONLY[key], key), {}))
     return Recipe(name, source, tree, sections)
@@ -274,7 +280,8 @@ def _value(
         problems.append(f"{path}: wants {argument.type}, got {value!r}")
         return None
     if files:
-        absent = [p for p in _paths(checked, "Path" in argument.type) if not p.exists()]
+        text = "Path" in argument.type and "Literal" not in argument.type
+        absent = [p for p in _paths(checked, text) if not p.exists()]
         problems += [f"{path}: no such file or folder: {p} (paths are relative to {Path.cwd()})" for p in absent]
     return checked
 

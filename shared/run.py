@@ -7,15 +7,18 @@ import logging
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from shared.claim import claimed, is_empty
 from shared.errors import RequestError, WorkError
 from shared.recipe import Recipe
 from shared.store import write_atomically
+from shared.training import processes
 
 if TYPE_CHECKING:
     from shared.adapted import Adapted
@@ -29,38 +32,66 @@ _log = logging.getLogger("omniadapt")
 def run(recipe: Recipe, output: Path, *, resume: bool = False, data: Any = None) -> dict[str, Any]:
     """Train what the recipe describes, test it, and fill the run directory.
 
-    data: the recipe's data where they are built already.
+    data: the recipe's data where they are built already. A recipe for several processes starts them, unless torchrun
+    did; each builds everything, and the first writes.
 
     Returns what ``metrics.json`` holds: ``test`` results, ``parameters`` by role, ``cost``, ``steps``, ``epochs``,
     ``best`` (which state was tested), and facts of the run. Raises RequestError and WorkError as the parts do.
     """
-    from shared.report.run_page import write_run_page
-    from shared.training.engine import fit
+    from shared.training.engine import available, fit
 
+    engine = recipe.build("trainer")
+    if engine.processes > 1 and not processes.launched():
+        if engine.nodes > 1:
+            raise RequestError(f"trainer.nodes {engine.nodes}: start omniadapt on every node through torchrun (README)")
+        return processes.launch(engine.devices, partial(run, recipe, output, resume=resume))
+    available(engine)
     # Everything is built and all data read once before the directory exists: a wrong request leaves nothing behind.
     data = recipe.build("data") if data is None else data
-    model, engine = build(recipe, data), recipe.build("trainer")
-    task = recipe.build("task", model=model, data=data, optimiser=recipe.build("optimiser"))
-    described, parameters = data.describe(), model.count()
+    task = _task(recipe, data)
+    described, parameters = data.describe(), task.model.count()
+    for split in (data.train, data.validation, data.test):
+        split()  # a split that cannot be had is refused now
 
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / RECIPE, recipe.text().encode())
-    with _logged(output / LOG):
+    first = processes.rank() == 0
+    with _writing(recipe, output, fresh=not resume) if first else nullcontext():
         _log.info("recipe %s (%s), seed %d%s", recipe.name, recipe.source, recipe.seed, ", resumed" if resume else "")
         _log.info("data %s", json.dumps(described))
         _log.info("parameters %s", json.dumps(parameters))
         seed(recipe.seed)
         results = fit(task, data, engine, output, resume=resume)
         _log.info("test %s", json.dumps(results["test"]))
-
-        extra = {"recipe": recipe.tree, "data": described}
-        model.save(output / ADAPTER, metrics=scalars(results["test"]), extra=extra)
         found = {**results, "seed": recipe.seed, "parameters": parameters, "data": described, "versions": versions()}
-        found |= weights(model) | {"file_bytes": (output / ADAPTER).stat().st_size}
-        write_atomically(output / METRICS, json.dumps(found, indent=1).encode())
-        write_run_page(output, recipe, found, task.pictures(data))
-        _log.info("done: %s", output / PAGE)
+        return _written(recipe, output, found, task, data) if first else found
+
+
+def _written(recipe: Recipe, output: Path, found: dict[str, Any], task: Any, data: Any) -> dict[str, Any]:
+    """What a run found, completed, after the adapter file, the metrics and the page are written."""
+    from shared.report.run_page import write_run_page
+    from shared.training.engine import BEST, read_checkpoint
+
+    if recipe.build("trainer").strategy == "fsdp":  # the trained model is divided: a whole one takes its place
+        task = _task(recipe, data)
+        task.load_state_dict(read_checkpoint(output / BEST)["state_dict"])
+    model: Adapted = task.model
+    model.save(output / ADAPTER, metrics=scalars(found["test"]), extra={"recipe": recipe.tree, "data": found["data"]})
+    found = found | weights(model) | {"file_bytes": (output / ADAPTER).stat().st_size}
+    write_atomically(output / METRICS, json.dumps(found, indent=1).encode())
+    write_run_page(output, recipe, found, task.pictures(data))
+    _log.info("done: %s", output / PAGE)
     return found
+
+
+def _task(recipe: Recipe, data: Any) -> Any:
+    return recipe.build("task", model=build(recipe, data), data=data, optimiser=recipe.build("optimiser"))
+
+
+@contextmanager
+def _writing(recipe: Recipe, output: Path, *, fresh: bool) -> Iterator[None]:
+    """The run directory, for this process alone, with the recipe in it and the log open."""
+    with claimed(output, fresh=fresh), _logged(output / LOG):
+        write_atomically(output / RECIPE, recipe.text().encode())
+        yield
 
 
 class Trained(NamedTuple):
@@ -86,13 +117,19 @@ def load(folder: Path) -> Trained:
     from shared.store import read_header
 
     for name, what in ((RECIPE, "it is no run directory"), (ADAPTER, "the run has not finished")):
-        if not (folder / name).is_file():
+        try:
+            there = (folder / name).is_file()
+        except OSError as error:
+            raise RequestError(f"{folder / name}: cannot be read: {error.strerror}") from error
+        if not there:
             raise RequestError(f"{folder}: {what}: it holds no {name}")
     described = read_header(folder / ADAPTER)["extra"].get("data")
     if not isinstance(described, dict):
         raise RequestError(f"{folder / ADAPTER}: it does not say what data it was trained on")
     chosen = recipes.load(str(folder / RECIPE), files=False)
-    data = SimpleNamespace(**{**described, "bands": len(described["band_names"])})
+    data = SimpleNamespace(**described)
+    if "band_names" in described:  # images
+        data.bands = len(described["band_names"])
     model = build(chosen, data)
     model.load(folder / ADAPTER)
     task = chosen.build("task", model=model, data=data, optimiser=chosen.build("optimiser")).eval()
@@ -102,14 +139,17 @@ def load(folder: Path) -> Trained:
 
 
 def build(recipe: Recipe, data: Any) -> Adapted:
-    """The adapted model of a recipe for data with these bands and classes; the same seed gives the same weights."""
+    """The adapted model of a recipe for data with these bands and classes, as far as they have them; the same seed
+    gives the same weights."""
     from shared.adapted import adapt
 
     seed(recipe.seed)
-    backbone = recipe.build("backbone", bands=data.bands)
+    backbone = recipe.build("backbone", bands=getattr(data, "bands", None))
     seed(recipe.seed)
     classes = getattr(data, "classes", None)
-    head = recipe.build("head", channels=getattr(backbone, "channels", None), classes=classes and len(classes))
+    channels = getattr(backbone, "channels", None)
+    summary_width = getattr(backbone, "summary_width", channels and channels[-1])
+    head = recipe.build("head", channels=channels, summary_width=summary_width, classes=classes and len(classes))
     seed(recipe.seed)
     method = recipe.build("method")
     try:
@@ -153,7 +193,13 @@ def directory(recipe: Recipe, output: Path | None, *, resume: bool = False) -> P
     """Where a run writes: ``output``, or ``runs/<recipe>/<time>``; to resume, the recipe's last run.
 
     Raises RequestError where there is something else already, or nothing to resume, or a run of another recipe.
+    Processes that torchrun started must be told one directory, which the first of them checks.
     """
+    if processes.launched():
+        if output is None:
+            raise RequestError("started by torchrun: give --output DIR, the same for all processes")
+        if processes.rank() > 0:
+            return output
     runs = Path("runs") / recipe.name
     if resume:
         if output is None:
@@ -164,7 +210,7 @@ def directory(recipe: Recipe, output: Path | None, *, resume: bool = False) -> P
         return output
     if output is None:
         return _unused(runs, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and (not output.is_dir() or not is_empty(output)):
         hint = "; add --resume to go on with this run" if (output / RECIPE).is_file() else ""
         raise RequestError(f"{output} is not an empty directory{hint}")
     return output
@@ -182,7 +228,8 @@ def check_same(recipe: Recipe, path: Path) -> None:
     from shared.recipe import read
 
     before, now = _flat(read(path)), _flat(recipe.tree)
-    for key in sorted(before.keys() | now.keys()):
+    where = {f"trainer.{name}" for name in ("device", "devices", "nodes", "strategy", "save_every")}  # no other result
+    for key in sorted((before.keys() | now.keys()) - where):
         if before.get(key) != now.get(key):
             was, is_now = before.get(key, "not set"), now.get(key, "not set")
             raise RequestError(f"{path.parent} cannot go on with another recipe: {key} was {was}, now {is_now}")
@@ -208,10 +255,26 @@ def versions() -> dict[str, str]:
     return found
 
 
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written stops the work; by itself ``logging`` would print a traceback and go on."""
+
+    def __init__(self, path: Path):
+        try:
+            super().__init__(path, encoding="utf-8")
+        except OSError as error:
+            raise WorkError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            raise WorkError(f"{self.baseFilename}: cannot be written: {error.strerror or error}") from error
+        super().handleError(record)
+
+
 @contextmanager
 def _logged(path: Path) -> Iterator[None]:
     """Within it, our and Lightning's messages and all warnings also go to ``path``, and so does a failure."""
-    file, terminal = logging.FileHandler(path, encoding="utf-8"), logging.StreamHandler()
+    file, terminal = _LogFile(path), logging.StreamHandler()
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     warned = logging.getLogger("py.warnings")
     pairs = [(_log, file), (logging.getLogger("lightning.pytorch"), file), (warned, file), (warned, terminal)]
@@ -224,11 +287,13 @@ def _logged(path: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         known = isinstance(error, (RequestError, WorkError, KeyboardInterrupt, SystemExit))
-        _log.error("stopped: %s: %s", type(error).__name__, error, exc_info=not known)
+        with suppress(WorkError):  # the disk that stopped the work stops its log as well
+            _log.error("stopped: %s: %s", type(error).__name__, error, exc_info=not known)
         raise
     finally:
         logging.captureWarnings(False)
         _log.setLevel(before)
         for logger, handler in pairs:
             logger.removeHandler(handler)
-        file.close()
+        with suppress(OSError):  # what could not be written was told when it was logged
+            file.close()

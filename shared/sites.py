@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
 from shared.errors import RequestError
 
 ROLES = (
-    "attention.query", "attention.key", "attention.value", "attention.output", "attention",
+    "attention.query", "attention.key", "attention.value", "attention.qkv", "attention.output", "attention",
     "mlp.up", "mlp.gate", "mlp.down", "mlp", "block", "norm", "conv", "linear", "embedding", "model",
 )  # fmt: skip
 
@@ -26,7 +26,7 @@ class Site:
     role: one of ``ROLES``.  depth: index of the block it belongs to (0-based; -1 before the first block).
     path: dotted name of ``module`` below the backbone ("" is the backbone itself).
     parameter: the tensor a weight adapter changes, None where the module has none.
-    rows: the half-open range of output rows this role owns in a fused projection.
+    rows: the half-open range of output rows this role owns in a fused projection ("attention.qkv" is the whole one).
     prefix: class and register tokens in front of the grid.  layout: axes of what flows through,
     "BNC", "BHWC" or "BCHW".  width: its channels.  tags: further names a selection may ask for ("resample").
     """
@@ -47,8 +47,15 @@ class Site:
         """A unique, dot-free name: it holds the site's tensors in a bank and in an adapter file."""
         name = self.path.replace(".", "/") or "model"
         if self.rows is not None:
-            return f"{name}:{self.role.rpartition('.')[2]}"
+            name = f"{name}:{self.role.rpartition('.')[2]}"
+            return f"{name}:bias" if str(self.parameter).endswith("bias") else name
         return name if self.parameter in (None, "weight") else f"{name}:{self.parameter}"
+
+    @property
+    def bias(self) -> Site | None:
+        """The site of the bias that belongs to this site's weight (its rows of it); None where there is none."""
+        name = {"weight": "bias", "in_proj_weight": "in_proj_bias"}.get(self.parameter or "")
+        return replace(self, parameter=name) if name and self.module._parameters.get(name) is not None else None
 
     @property
     def weight(self) -> Tensor:
@@ -178,6 +185,7 @@ def multihead_sites(path: str, attention: nn.MultiheadAttention, depth: int, **m
     names = ("query", "key", "value")
     if attention.in_proj_weight is not None:
         rows = [(i * width, (i + 1) * width) for i in range(3)]
+        sites.append(Site("attention.qkv", depth, path, attention, "in_proj_weight", width=3 * width, **more))
         sites += [
             Site(f"attention.{name}", depth, path, attention, "in_proj_weight", rows=r, width=width, **more)
             for name, r in zip(names, rows, strict=True)
@@ -198,3 +206,12 @@ def multihead_sites(path: str, attention: nn.MultiheadAttention, depth: int, **m
         ]
     out = f"{path}.out_proj".lstrip(".")
     return [*sites, Site("attention.output", depth, out, attention.out_proj, width=width, **more)]
+
+
+def norm_sites(path: str, norm: nn.Module, depth: int, prefix: int = 0, *tags: str) -> Iterator[Site]:
+    """A norm's weight and bias, as far as it has them; its own name is a tag."""
+    for parameter in ("weight", "bias"):
+        tensor = norm._parameters.get(parameter)
+        if tensor is not None:
+            names = (path.rpartition(".")[2], *tags)
+            yield Site("norm", depth, path, norm, parameter, prefix=prefix, width=tensor.numel(), tags=names)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor
 
-from shared.errors import RequestError
+from shared.errors import RequestError, WorkError
 
 FORMAT = 1
 KEY = "omniadapt"
+KEYS = ("method", "backbone", "sites", "metrics", "version", "extra")  # of every header, beside the format
 
 
 def save(path: str | os.PathLike, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -29,27 +32,33 @@ def save(path: str | os.PathLike, tensors: Mapping[str, Tensor], header: Mapping
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` so that ``path`` holds either its old content or all of the new, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write ``data`` so that ``path`` holds either its old content or all of the new, also after a power cut.
+
+    Raises WorkError where the disk refuses (full, read-only); ``path`` is then as it was.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise WorkError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def read_header(path: str | os.PathLike) -> dict[str, Any]:
     """The metadata of an adapter file plus ``tensors`` (name to dtype and shape), without reading the tensors.
 
-    Raises RequestError where the file is missing, cut short, no safetensors file, or not written by omniadapt.
+    Raises RequestError where the file is missing, cannot be read, is cut short, no safetensors file, or none of ours.
     """
     path = Path(path)
-    size = _size(path)
-    with open(path, "rb") as file:
+    with _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or not 2 <= length <= size - 8:
@@ -59,7 +68,7 @@ def read_header(path: str | os.PathLike) -> dict[str, Any]:
             metadata = entries.pop("__metadata__", {})
             end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
             tensors = {name: {"dtype": e["dtype"], "shape": tuple(e["shape"])} for name, e in sorted(entries.items())}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise RequestError(f"{path}: not a safetensors file (its header does not parse)") from error
     if size != 8 + length + end:
         raise RequestError(f"{path}: cut short: {size} bytes where its header promises {8 + length + end}")
@@ -74,10 +83,23 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return load_file(path), header
 
 
-def _size(path: Path) -> int:
-    if not path.is_file():
-        raise RequestError(f"{path}: no such file")
-    return path.stat().st_size
+def _opened(path: Path) -> IO[bytes]:
+    check_readable(path)
+    return open(path, "rb")
+
+
+def check_readable(path: Path) -> None:
+    """Raises RequestError that says what is the matter with a file that cannot be read."""
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise RequestError(f"{path}: {'a folder' if stat.S_ISDIR(mode) else 'a pipe or device'}, not a file")
+        open(path, "rb").close()
+    except FileNotFoundError:
+        what = "a link that leads nowhere" if path.is_symlink() else "no such file"
+        raise RequestError(f"{path}: {what}") from None
+    except OSError as error:  # no permission, a link to itself, a failing disk
+        raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _header(path: Path, metadata: Any) -> dict[str, Any]:
@@ -88,6 +110,8 @@ def _header(path: Path, metadata: Any) -> dict[str, Any]:
         raise RequestError(f"{path}: a safetensors file, but not an omniadapt adapter (no {KEY!r} metadata)") from error
     if version != FORMAT:
         raise RequestError(f"{path}: adapter format {version}; this version reads format {FORMAT}")
+    if missing := [key for key in KEYS if key not in header]:
+        raise RequestError(f"{path}: its header lacks {missing[0]!r}; write it anew")
     return header
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import DistributedSampler
+from torch.utils.data import Sampler
 
 from shared.errors import RequestError
 
@@ -70,15 +70,12 @@ def weights(sizes: Sequence[Size], probability: str, base: int) -> torch.Tensor:
     return raw / raw.sum()
 
 
-class BucketSampler(DistributedSampler):
+class BucketSampler(Sampler):
     """One epoch of batches, each at one size drawn by chance; images are drawn without repetition.
 
-    An item is a batch: ``batch_size`` draws. All processes work at the same size in the same step, on different
-    images; what is left of the images after the last whole step is dropped. ``set_epoch`` gives another order; seed and
-    epoch decide everything.
-
-    replicas, rank: number of processes and which this is; None asks the process group, if there is one. (Engines leave
-    a ``DistributedSampler`` as it is.)
+    An item is a batch: ``batch_size`` draws; what is left of the images after the last whole batch is dropped.
+    ``set_epoch`` gives another order; seed and epoch decide everything. Where several processes train, the engine gives
+    each its share of a batch, so all work at the same size in the same step.
     """
 
     def __init__(
@@ -89,34 +86,24 @@ class BucketSampler(DistributedSampler):
         batch_size: int,
         weights: torch.Tensor | None = None,
         seed: int = 0,
-        replicas: int | None = None,
-        rank: int | None = None,
     ):
-        super().__init__(range(images), num_replicas=1, rank=0, seed=seed)  # type: ignore[arg-type]
-        self.images, self.sizes, self.batch_size = images, list(sizes), batch_size
+        self.images, self.sizes, self.batch_size, self.seed, self.epoch = images, list(sizes), batch_size, seed, 0
         self.weights = torch.ones(len(self.sizes), dtype=torch.float64) if weights is None else weights
-        self.given = None if replicas is None else (replicas, rank or 0)
 
-    def shard(self) -> tuple[int, int]:
-        """Number of processes and the place of this one, asked for when needed: the group may not exist earlier."""
-        if self.given is not None:
-            return self.given
-        group = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return (torch.distributed.get_world_size(), torch.distributed.get_rank()) if group else (1, 0)
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.images // (self.batch_size * self.shard()[0])
+        return self.images // self.batch_size
 
-    def __iter__(self) -> Iterator[list[Draw]]:  # type: ignore[override]
-        replicas, rank = self.shard()
+    def __iter__(self) -> Iterator[list[Draw]]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         order = torch.randperm(self.images, generator=generator).tolist()
         seeds = torch.randint(2**31, (self.images,), generator=generator).tolist()
         steps = len(self)
         chosen = torch.multinomial(self.weights, max(steps, 1), replacement=True, generator=generator).tolist()
         for step in range(steps):
-            start = (step * replicas + rank) * self.batch_size
-            images = order[start : start + self.batch_size]
+            images = order[step * self.batch_size :][: self.batch_size]
             yield [Draw(index, self.sizes[chosen[step]], seeds[index]) for index in images]
 
 

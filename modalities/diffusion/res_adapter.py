@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from shared.errors import RequestError
 from shared.method import Method
 from shared.sites import Site, Sites
 from shared.store import write_atomically
+from shared.taxonomy import Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,12 @@ class ResAdapter(Method):
     norm_strength: 0 (the frozen norms) to 1 (the trained ones). The strength of an activation is the convolutions'
     alone, as in the official loader.
     """
+
+    record: ClassVar[Record] = Record(
+        categories=("reparameterised/low-rank", "additive/adapter"), acts_on="weights", form="parallel",
+        mergeable="yes", trains="size if site.role == 'norm' else rank * (rows + columns)",
+        modality="diffusion", spec="res_adapter",
+    )  # fmt: skip
 
     rank: int = 16
     alpha: float = 8.0

@@ -68,6 +68,7 @@ class AerialViT(TimmViT):
         self.name, self.pixels = "aerial_vit", pixels
         if pixels:
             self.channels = (bands, *self.channels)
+        self.statistics = (MEAN, STD) if bands == 3 else None
         if weights == "random":  # sines and cosines: neighbours resemble each other from the start
             with torch.no_grad():
                 self.model.pos_embed.copy_(0.5 * positions((12, 12), 192))

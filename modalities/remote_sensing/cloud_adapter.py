@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from shared.adapter import Adapter, WeightAdapter
 from shared.errors import RequestError
 from shared.method import Method
 from shared.sites import Site, Sites
+from shared.taxonomy import Record
 
 
 class SeparableConv(nn.Module):
@@ -147,6 +148,13 @@ class CloudAdapter(Method):
     depth: adapted blocks (paper: all).  aggregate: "sum" of all stages (paper), the "last" one, or "multi": a stage
     for each quarter of the blocks.  relu: an activation after each norm; the released weights need it off.
     """
+
+    record: ClassVar[Record] = Record(
+        categories=("additive/adapter",), acts_on="activations", form="sequential", mergeable="no",
+        trains="3 * site.width + (site.width + 2) * width + (stages + 1) * (10 * width + 4) * width"
+        " if site.role == 'model' else 2 * rank * (site.width + width + 1024) if rank else 1024 * (site.width + width)",
+        modality="remote_sensing", spec="cloud_adapter",
+    )  # fmt: skip
 
     width: int = 64
     stages: int = 4

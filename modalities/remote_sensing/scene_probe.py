@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modalities.remote_sensing.data.archive import decode, resized
+from modalities.images.data import read_image
+from modalities.remote_sensing.data.archive import resized
 from shared.errors import RequestError
+from shared.logistic import logistic_regression
 
 
 def read_scenes(folder: Path) -> tuple[list[Tensor], Tensor, list[str]]:
@@ -27,7 +28,7 @@ def read_scenes(folder: Path) -> tuple[list[Tensor], Tensor, list[str]]:
     files = [(i, file) for i, kind in enumerate(classes) for file in sorted(kind.iterdir()) if _is_photograph(file)]
     if len(classes) < 2 or {i for i, _ in files} != set(range(len(classes))):
         raise RequestError(f"{folder}: wants two or more folders, one for each class, with JPEG or PNG files in each")
-    photographs = [torch.from_numpy(decode(file, str(file))) for _, file in files]
+    photographs = [torch.from_numpy(read_image(file)) for _, file in files]
     return photographs, torch.tensor([i for i, _ in files]), [path.name for path in classes]
 
 
@@ -60,29 +61,6 @@ def _with_gradients(photograph: Tensor) -> list[Tensor]:
 def _described(values: Tensor, bins: int) -> Tensor:
     share = values.histc(bins, 0, 1) / values.numel()
     return torch.cat([share, values.mean()[None], values.std()[None]])
-
-
-def logistic_regression(
-    features: Tensor, labels: Tensor, classes: int, decay: float = 0.3
-) -> Callable[[Tensor], Tensor]:
-    """Fit on features (N, C), standardised by themselves, and give a function from features to class indices.
-
-    decay: half the squared weights times this is added to the mean cross entropy.
-    """
-    mean, deviation = features.mean(0), features.std(0) + 1e-6
-    weight = torch.zeros(features.shape[1], classes, requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    known = (features - mean) / deviation
-    solver = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def objective() -> Tensor:
-        solver.zero_grad()
-        loss = F.cross_entropy(known @ weight + bias, labels) + decay / 2 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    solver.step(objective)  # type: ignore[arg-type]
-    return lambda unknown: ((unknown - mean) / deviation @ weight + bias).argmax(1)
 
 
 def probe(features: Tensor, labels: Tensor, *, train: int = 7, seeds: int = 10) -> Tensor:

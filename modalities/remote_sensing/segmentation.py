@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from modalities.remote_sensing.data.augment import reexposed
 from shared.adapted import Adapted
 from shared.errors import RequestError, WorkError
+from shared.training import processes
 from shared.training.optimiser import Optimiser
 from shared.training.task import Task
 
@@ -39,7 +40,7 @@ class Segmentation(Task):
         self.classes, self.bands, self.ignore_index = tuple(data.classes), data.bands, data.ignore_index
         head: Any = model.head
         if not (hasattr(head, "loss") and hasattr(head, "predict")):
-            raise RequestError("segmentation needs a head: LightDecoder, LinearHead or Mask2FormerHead")
+            raise RequestError("segmentation needs a head: LightDecoder, LinearDecoder or Mask2FormerHead")
         if head.ignore_index != self.ignore_index:
             raise RequestError(f"head.ignore_index {head.ignore_index}: the data use {self.ignore_index}")
         if head.classes != len(self.classes):
@@ -53,9 +54,19 @@ class Segmentation(Task):
     def head(self) -> Any:
         return self.model.head
 
-    def loss(self, batch: dict[str, Any]) -> Tensor:
+    def outputs(self, batch: dict[str, Any]) -> Any:
         image = reexposed(batch["image"], self.exposure) if self.exposure else batch["image"]
-        return self.head.loss(self.model(image), batch["mask"])
+        return self.model(image)
+
+    def criterion(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
+        mask = batch["mask"]
+        if not self.adds_up:
+            return self.head.loss(outputs, mask)
+        return self.head.loss(outputs, mask if self.weight else mask * 0 + self.ignore_index, processes.total)
+
+    @property
+    def adds_up(self) -> bool:
+        return getattr(self.head, "adds_up", False)
 
     def evaluate(self, batch: dict[str, Any]) -> None:
         image, mask = batch["image"], batch["mask"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from shared.blocks.low_rank import LowRank
 from shared.errors import RequestError
 from shared.method import Method
 from shared.sites import Site, Sites
+from shared.taxonomy import Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +21,11 @@ class LoRA(Method):
     dropout: probability on the input of the branch (official code: 0 to 0.1).
     roles: which projections (paper: query and value).  depth: which blocks ("all", "last 4", indices).
     """
+
+    record: ClassVar[Record] = Record(
+        categories=("reparameterised/low-rank",), acts_on="weights", form="parallel", mergeable="yes",
+        trains="rank * (rows + columns)",
+    )  # fmt: skip
 
     rank: int = 8
     alpha: float | None = None

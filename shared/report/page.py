@@ -63,16 +63,16 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 1)
     return f'<div class="scroll"><table{facts}>{head}<tbody>{body}</tbody></table></div>'
 
 
-def bars(values: Mapping[str, float | None], counts: Mapping[str, float | None]) -> str:
-    """Named shares of 1 as bars with their numbers and, where known, how many pixels they rest on."""
+def bars(values: Mapping[str, float | None], counts: Mapping[str, float | None], unit: str = "px") -> str:
+    """Named shares of 1 as bars with their numbers and, where known, how many of ``unit`` they rest on."""
     rows = []
     for name, value in values.items():
         width = f"{100 * min(max(value or 0, 0), 1):.1f}%"
         bar = f'<span class="bar"><i style="width:{width}"></i></span>'
         count = counts.get(name)
         share = "–" if value is None else f"{value:.3f}"
-        pixels = "" if count is None else f"{count:,.0f} px"
-        numbers = f'<td class="number">{share}</td><td class="number soft">{pixels}</td>'
+        support = "" if count is None else f"{count:,.0f} {unit}"
+        numbers = f'<td class="number">{share}</td><td class="number soft">{support}</td>'
         rows.append(f"<tr><td>{escape(name)}</td><td>{bar}</td>{numbers}</tr>")
     return f'<div class="scroll"><table class="facts"><tbody>{"".join(rows)}</tbody></table></div>'
 

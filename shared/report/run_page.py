@@ -11,8 +11,8 @@ from typing import Any
 from shared.recipe import Recipe
 from shared.report import page, plots
 
-_FIRST = ("loss", "miou", "iou")  # charts in this order, others behind
-_SPELLED = {"miou": "mIoU", "iou": "IoU", "oa": "overall accuracy", "f1": "F1"}
+_FIRST = ("loss", "miou", "iou", "accuracy", "macro_f1", "f1")  # charts in this order, others behind
+_SPELLED = {"miou": "mIoU", "iou": "IoU", "oa": "overall accuracy", "f1": "F1", "macro_f1": "macro-F1"}
 
 
 def write_run_page(folder: Path, recipe: Recipe, found: Mapping[str, Any], pictures: plots.Pictures | None) -> None:
@@ -101,10 +101,11 @@ def size(count: float) -> str:
 
 
 def per_class(results: Mapping[str, Any]) -> list[str]:
-    """A section for each group of shares (IoU), with the group ``support`` told beside it."""
+    """A section for each group of shares (IoU), with the group ``support``, of ``unit``, told beside it."""
     groups = grouped(results)
-    support = groups.pop("support", {})
-    return [page.section(f"{spelled(group)} by class", page.bars(values, support)) for group, values in groups.items()]
+    support, unit = groups.pop("support", {}), results.get("unit", "px")
+    titled = {f"{spelled(group)} by class": values for group, values in groups.items()}
+    return [page.section(title, page.bars(values, support, unit)) for title, values in titled.items()]
 
 
 def _curves(path: Path) -> dict[str, str]:
@@ -132,11 +133,13 @@ def _pictures(pictures: plots.Pictures | None) -> str:
 
 
 def _confusion(results: Mapping[str, Any]) -> str:
-    matrix, names = results.get("confusion"), list(grouped(results).get("iou", {}))
+    matrix, names = results.get("confusion"), list(grouped(results).get("support", {}))
     if not matrix or len(names) != len(matrix):
         return ""
     rows = [(name, *(f"{count:,}" for count in row)) for name, row in zip(names, matrix, strict=True)]
-    return page.section("Confusion (rows truth, columns prediction, pixels)", page.table(("", *names), rows))
+    return page.section(
+        f"Confusion (rows truth, columns prediction, {results.get('unit', 'pixels')})", page.table(("", *names), rows)
+    )
 
 
 def _compact(values: Any) -> str:

@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from shared.training.engine import Engine as Engine
     from shared.training.engine import fit as fit
     from shared.training.optimiser import Optimiser as Optimiser
+    from shared.training.processes import launch as launch
     from shared.training.task import Task as Task
 
 _HOME = {
     "Engine": "shared.training.engine", "fit": "shared.training.engine",
     "Optimiser": "shared.training.optimiser", "Task": "shared.training.task",
+    "launch": "shared.training.processes",
 }  # fmt: skip
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 

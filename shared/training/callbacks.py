@@ -1,9 +1,8 @@
-"""What happens beside the training loop: data order, checkpoints, the end of a run, and its measured cost."""
+"""What happens beside the training loop: seeds, checkpoints, the end of a run, and its measured cost."""
 
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import statistics
 import sys
@@ -12,45 +11,46 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer
-from torch.utils.data import DataLoader
+from lightning.pytorch import Callback, Trainer
 
 from shared.errors import RequestError, WorkError
+from shared.training.feed import EVALUATION, STEP, seed_all
 
 
 class Order(Callback):
-    """Reseeds everything random in every epoch, so that a resumed run goes on as if never interrupted.
+    """Seeds everything random, so that a resumed run goes on as if never interrupted.
 
-    The seeds follow from the one in force when the run began, which checkpoints keep. The order of samples has a
-    generator of its own: how much else is drawn when an epoch's iterator is made depends on whether it is the first.
-    Augmentation in workers that outlive an epoch is beyond reach: there it must follow from the sample's index.
+    All follows from the seed in force when the run began (process 0's), which checkpoints keep: a sample's random
+    numbers from its place in the epoch (see ``feed``), a step's from its number. What a method draws in ``step`` is the
+    same in every process; what the model draws after it, such as dropout, is each process's own. An evaluation draws
+    the same numbers every time, whichever process a batch falls to.
     """
 
-    def __init__(self, loader: DataLoader):
-        self.seed, self.first = torch.initial_seed(), 0
-        found = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
-        self.samplers: list[Any] = [sampler for sampler in found if sampler is not None]
-        self.loader, self.generator = loader, torch.Generator()
-        for sampler in self.samplers:
-            if hasattr(sampler, "generator"):
-                sampler.generator = self.generator
+    def __init__(self):
+        self.seed = torch.initial_seed()
 
-    def start(self, epoch: int, rank: int) -> None:
-        """Before an epoch's iterator is made."""
-        self.generator.manual_seed(_seed_all(self.seed, epoch, rank))
-        for sampler in self.samplers:
-            if hasattr(sampler, "set_epoch"):  # Lightning does it too, but after the first epoch's iterator was made
-                sampler.set_epoch(epoch)
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self.seed = trainer.strategy.broadcast(self.seed)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        if trainer.current_epoch != self.first:  # the first epoch's iterator exists already: see Feed
-            self.start(trainer.current_epoch, trainer.global_rank)
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        pl_module.seed = self.seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:
-            _seed_all(self.seed + 1, trainer.current_epoch, trainer.global_rank)
+        feed: Any = trainer.datamodule  # type: ignore[attr-defined]
+        pl_module.weight = feed.shares.weights[batch_idx]
+        seed_all(self.seed, STEP, trainer.current_epoch, batch_idx)
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        self._evaluate("validation", trainer, pl_module, batch_idx)
+
+    def on_test_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        self._evaluate("test", trainer, pl_module, batch_idx)
+
+    def _evaluate(self, split: str, trainer: Trainer, pl_module: Any, step: int) -> None:
+        feed: Any = trainer.datamodule  # type: ignore[attr-defined]
+        pl_module.counts = feed.turns[split].counts(step)
+        seed_all(self.seed, EVALUATION, feed.turns[split].number(step))
 
     def state_dict(self) -> dict[str, Any]:
         return {"seed": self.seed}
@@ -59,44 +59,15 @@ class Order(Callback):
         self.seed = state_dict["seed"]
 
 
-def _seed_all(seed: int, epoch: int, rank: int) -> int:
-    """Seed Python, NumPy and torch with a number of 32 bits that is another for every seed, epoch and process."""
-    number = int(np.random.SeedSequence([seed % 2**64, epoch, rank]).generate_state(1)[0])
-    random.seed(number)
-    np.random.seed(number)
-    torch.manual_seed(number)
-    return number
-
-
-class Feed(LightningDataModule):
-    """Hands the loaders to Lightning, seeded before the first epoch's iterator is made."""
-
-    def __init__(self, loaders: dict[str, DataLoader], order: Order):
-        super().__init__()
-        self.loaders, self.order = loaders, order
-
-    def train_dataloader(self) -> DataLoader:
-        assert self.trainer is not None
-        progress: Any = self.trainer.fit_loop.epoch_progress.current
-        self.order.first = progress.processed  # current_epoch is not yet restored here
-        self.order.start(self.order.first, self.trainer.global_rank)
-        return self.order.loader
-
-    def val_dataloader(self) -> DataLoader:
-        return self.loaders["validation"]
-
-    def test_dataloader(self) -> DataLoader:
-        return self.loaders["test"]
-
-
 class Checkpoints(Callback):
     """Writes ``last.ckpt`` after every check, ``best.ckpt`` where the metric is the best so far; whole or not at all.
 
-    monitor: name of the metric.  smaller: whether a smaller one is better.
+    monitor: name of the metric.  smaller: whether a smaller one is better.  every: steps after which ``last.ckpt`` is
+    written within an epoch too, None: never.
     """
 
-    def __init__(self, folder: Path, monitor: str, smaller: bool):
-        self.folder, self.monitor, self.smaller = folder, monitor, smaller
+    def __init__(self, folder: Path, monitor: str, smaller: bool, every: int | None):
+        self.folder, self.monitor, self.smaller, self.every = folder, monitor, smaller, every
         self.best: dict[str, Any] | None = None
         self.due = self.improved = False
 
@@ -114,21 +85,35 @@ class Checkpoints(Callback):
             at = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
             self.best = {"monitor": self.monitor, "value": value, **at}
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """The moment between two steps in which all that belongs to the last one is done."""
+        between = batch_idx and batch_idx % trainer.accumulate_grad_batches == 0
+        if self.every and between and trainer.global_step % self.every == 0:
+            self._write(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """The batch that is about to come is not yet taken."""
+        for progress in (checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"][k] for k in ("current", "total")):
+            progress["ready"] = progress["started"]
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if not self.due:
-            return
+        if self.due:
+            self._write(trainer)
+        self.due = self.improved = False
+
+    def _write(self, trainer: Trainer) -> None:
         new = self.folder / ".new.ckpt"
         try:
             trainer.save_checkpoint(new)
             if trainer.is_global_zero:
                 if self.improved:
-                    shutil.copyfile(new, self.folder / ".best.ckpt")
-                    os.replace(self.folder / ".best.ckpt", self.folder / "best.ckpt")
-                os.replace(new, self.folder / "last.ckpt")
+                    _rename(shutil.copyfile(new, self.folder / ".best.ckpt"), self.folder / "best.ckpt")
+                _rename(new, self.folder / "last.ckpt")
             trainer.strategy.barrier()
         except OSError as error:
+            for name in (new, self.folder / ".best.ckpt"):
+                name.unlink(missing_ok=True)
             raise WorkError(f"{self.folder}: cannot write the checkpoint: {error}") from error
-        self.due = self.improved = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -137,11 +122,29 @@ class Checkpoints(Callback):
         self.best = state_dict["best"]
 
 
-class End(Callback):
-    """Ends the run at the last step, with a check there, and lets a run that early stopping ended stay ended."""
+def _rename(new: Path, path: Path) -> None:
+    """Once all of it is on the disk."""
+    with open(new, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(new, path)
 
-    def __init__(self, steps: int):
-        self.steps = steps
+
+class End(Callback):
+    """Ends the run at the last step, with a check there, and lets a run that early stopping ended stay ended.
+
+    steps: of the optimiser.  batches: of an epoch.
+    """
+
+    def __init__(self, steps: int, batches: int):
+        self.steps, self.batches = steps, batches
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """A run that ended within an epoch and is now longer goes on there: that epoch is not over."""
+        loop = checkpoint["loops"]["fit_loop"]
+        within = loop["epoch_loop.batch_progress"]["current"]["completed"] < self.batches
+        if within and checkpoint["global_step"] < self.steps:
+            for progress in (loop["epoch_progress"][k] for k in ("current", "total")):
+                progress["processed"] = progress["completed"]
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         early: Any = trainer.early_stopping_callback

@@ -15,23 +15,28 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from shared.errors import RequestError
+from shared.training import processes
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from shared.training.task import Task
 
-# Deliberate here: the data choose their workers, frozen modules stay in eval mode, a device may be left unused, and a
-# task looks at its batches, and a half-precision scaler may skip the first step. The last message is between Lightning
-# 2.6 and torch 2.13.
+# Deliberate here: the data choose their workers, frozen modules stay in eval mode, a device may be left unused, a task
+# looks at its batches, a half-precision scaler may skip the first step, and results are of all processes already. The
+# last message is between Lightning 2.6 and torch 2.13.
 _QUIET = (
     ".*does not have many workers",
     ".*in eval mode at the start of training",
     "GPU available but not used",
     "You have overridden `on_before_batch_transfer`",
     "Detected call of `lr_scheduler.step",
+    "It is recommended to use `self.log",
+    "You're resuming from a checkpoint that ended before the epoch ended",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
+
+BEST = "checkpoints/best.ckpt"  # below a run directory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +48,12 @@ class Engine:
     patience: checks without a better monitored metric after which training stops, None: never.
     monitor: "validation/<metric>" that picks the best checkpoint, None: the task's own; smaller is better for names
     that end in "loss" or "error".  check_every: epochs between checks (validation and checkpoint); there is always one
-    at the end.  device and devices: where, and on how many (one process for each).
+    at the end.  save_every: steps between checkpoints within an epoch, for long ones; None: at checks alone.
+    device: where.  devices: on how many of a machine, with one process for each.  nodes: machines.
+    strategy: "ddp" (every process holds the model; Li et al., 2020), "fsdp" (the model is divided among them; Zhao et
+    al., 2023) or "auto" (ddp where there are several processes). Processes share each batch: the data's batch size,
+    the steps and what is learnt are those of one process, but for what a process draws for its own samples (dropout)
+    and for batch normalisation, whose statistics are of its share.
     """
 
     epochs: int | None = None
@@ -54,19 +64,41 @@ class Engine:
     patience: int | None = None
     monitor: str | None = None
     check_every: int = 1
+    save_every: int | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = 1
+    nodes: int = 1
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise RequestError("trainer: give either epochs or steps")
-        for key in ("epochs", "steps", "accumulate", "clip", "patience", "check_every", "devices"):
+        for key in (
+            "epochs",
+            "steps",
+            "accumulate",
+            "clip",
+            "patience",
+            "check_every",
+            "save_every",
+            "devices",
+            "nodes",
+        ):
             value = getattr(self, key)
             if value is not None and value <= 0:
                 raise RequestError(f"trainer.{key} {value}: use a number above 0")
+        if self.strategy != "auto" and self.processes == 1:
+            raise RequestError(f"trainer.strategy {self.strategy!r} is for several processes: give trainer.devices too")
+        if self.strategy == "fsdp" and self.precision == "16-mixed":
+            raise RequestError("trainer.precision '16-mixed' cannot be scaled under 'fsdp': use 'bf16-mixed'")
+
+    @property
+    def processes(self) -> int:
+        """How many train together."""
+        return self.devices * self.nodes
 
     def total_steps(self, batches: int) -> int:
-        """Optimiser steps of the whole training, where an epoch has ``batches`` on every device."""
+        """Optimiser steps of the whole training, where an epoch has ``batches``."""
         return self.steps if self.steps is not None else (self.epochs or 0) * math.ceil(batches / self.accumulate)
 
 
@@ -76,8 +108,8 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
     data: an object whose ``train()``, ``validation()`` and ``test()`` give torch loaders.
 
     Writes ``metrics.csv``, ``checkpoints/last.ckpt`` and ``checkpoints/best.ckpt`` below ``output``. An interrupted run
-    goes on, with ``resume``, from its last check (from the start where there was none), and gives what it would have
-    given uninterrupted.
+    goes on, with ``resume``, from its last checkpoint (from the start where there was none), and gives what it would
+    have given uninterrupted.
 
     Returns ``test`` (the task's results in its best state), ``best`` (monitor, value, epoch, step), ``epochs``,
     ``steps`` and ``cost``: ``step_seconds`` (median), ``train_seconds``, ``peak_memory_bytes`` (of the GPU's tensors;
@@ -86,30 +118,30 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
     Raises RequestError where there is a run to overwrite, or no data; WorkError where the loss is not finite or a
     trainable tensor gets no gradient.
     """
-    from shared.training.callbacks import Checkpoints, Cost, End, Feed, Order
+    from shared.training.callbacks import Checkpoints, Cost, End, Order
+    from shared.training.feed import Feed, check
     from shared.training.log import MetricsFile
 
-    _available(engine)
+    available(engine)
     folder = Path(output) / "checkpoints"
     state = _state(folder / "last.ckpt", resume)
     loaders = {split: getattr(data, split)() for split in ("train", "validation", "test")}
-    if empty := [split for split, loader in loaders.items() if not len(loader)]:
-        raise RequestError(f"the {' and '.join(empty)} split has no batch: add samples or lower the batch size")
-    batches = math.ceil(len(loaders["train"]) / engine.devices)
+    check(loaders, engine.processes)
+    batches = len(loaders["train"])
     monitor, total = engine.monitor or task.monitor, engine.total_steps(batches)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoints, order, cost = Checkpoints(folder, monitor, _smaller(monitor)), Order(loaders["train"]), Cost()
+    if processes.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    checkpoints, order, cost = Checkpoints(folder, monitor, _smaller(monitor), engine.save_every), Order(), Cost()
     with _quiet():
         log = MetricsFile(Path(output) / "metrics.csv", keep=state["global_step"] if state else None)
-        trainer = _trainer(
-            engine, batches, total, log, [checkpoints, order, End(total), cost, *_optional(engine, monitor)]
-        )
+        callbacks = [checkpoints, order, End(total, batches), cost, *_optional(engine, monitor)]
+        trainer = _trainer(engine, task, batches, total, log, callbacks)
         feed = Feed(loaders, order)
         task.total_steps = total
         task.train()
         trainer.fit(task, datamodule=feed, ckpt_path=folder / "last.ckpt" if state else None, weights_only=True)
-        task.load_state_dict(_read(folder / "best.ckpt")["state_dict"])
+        task.load_state_dict(read_checkpoint(Path(output) / BEST)["state_dict"])
         trainer.test(task, datamodule=feed, verbose=False)
     reached = {"epochs": trainer.current_epoch, "steps": trainer.global_step}
     return {"test": task.outcome["test"], "best": checkpoints.best, **reached, "cost": cost.summary()}
@@ -118,18 +150,18 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
 def _state(last: Path, resume: bool) -> dict[str, Any] | None:
     """The checkpoint to go on from; None to start: a run that was killed before its first check has none."""
     if resume and last.exists():
-        return _read(last)
+        return read_checkpoint(last)
     if last.exists():
         raise RequestError(f"{last} exists: resume that run, or choose another output directory")
     return None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of ours: tensors and plain values, nothing that runs code."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for the ways in which a file can be broken
-        line = str(error).strip().partition("\n")[0]
+        line = str(error).strip().partition("\n")[0] or "it ends too early"
         raise RequestError(f"{path}: not a readable checkpoint ({type(error).__name__}: {line})") from error
     if not isinstance(state, dict) or not {"state_dict", "loops", "global_step"} <= state.keys():
         raise RequestError(f"{path}: not a training checkpoint of omniadapt")
@@ -151,12 +183,15 @@ def _optional(engine: Engine, monitor: str) -> Iterator[Any]:
         yield RichProgressBar()
 
 
-def _trainer(engine: Engine, batches: int, total: int, log: Any, callbacks: list[Any]) -> Trainer:
+def _trainer(engine: Engine, task: Task, batches: int, total: int, log: Any, callbacks: list[Any]) -> Trainer:
     from lightning.pytorch import Trainer
 
     return Trainer(
         accelerator=engine.device,
         devices=engine.devices,
+        num_nodes=engine.nodes,
+        strategy=_strategy(engine, task),
+        use_distributed_sampler=False,  # Feed divides
         precision=engine.precision,
         max_epochs=-1 if engine.epochs is None else engine.epochs,
         accumulate_grad_batches=engine.accumulate,
@@ -175,8 +210,31 @@ def _trainer(engine: Engine, batches: int, total: int, log: Any, callbacks: list
     )
 
 
-def _available(engine: Engine) -> None:
-    """Raises RequestError where the device is not there or cannot compute in the asked precision."""
+def _strategy(engine: Engine, task: Task) -> Any:
+    """Lightning's strategy."""
+    if engine.processes == 1:
+        return "auto"
+    if engine.strategy == "fsdp":
+        from shared.training.sharded import Sharded
+
+        return Sharded()
+    from lightning.pytorch.strategies import DDPStrategy
+    from torch.nn.parallel import DistributedDataParallel
+
+    # Process 0's buffers go to all before every step: those that can change, not the frozen ones.
+    changing = {id(tensor) for tensor in task.model.trained_state().values()}
+    frozen = [name for name, buffer in task.named_buffers() if id(buffer) not in changing]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, frozen)
+    return DDPStrategy(find_unused_parameters=True)  # a method may leave some of its adapters out of a step
+
+
+def available(engine: Engine) -> None:
+    """Raises RequestError where processes or device are not there or the device cannot compute in the precision."""
+    if processes.world() != engine.processes:
+        raise RequestError(
+            f"trainer.devices {engine.devices} x trainer.nodes {engine.nodes}: {processes.world()} processes were "
+            "started; call fit in as many, by shared.training.launch or torchrun"
+        )
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     device = engine.device if engine.device != "auto" else "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
     if not there[device]:
@@ -190,13 +248,15 @@ def _available(engine: Engine) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without Lightning's notices, and without the warnings about what is done here on purpose."""
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    logs = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         for message in _QUIET:
             warnings.filterwarnings("ignore", message=message)
         try:
             yield
         finally:
-            log.setLevel(level)
+            for log, level in zip(logs, levels, strict=True):
+                log.setLevel(level)

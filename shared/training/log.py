@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
 
+from shared.errors import WorkError
 from shared.store import write_atomically
+from shared.training import processes
 
 
 class MetricsFile(Logger):
     """Columns ``step`` (of the optimiser, from 0), ``epoch``, then metrics as they first appear; blank: not measured.
+
+    The first process writes it.
 
     keep: rows of an earlier run below this step stay (resume); None starts the file anew.
     """
@@ -25,10 +31,10 @@ class MetricsFile(Logger):
         self.path = path
         self.columns, self.rows = ["step", "epoch"], []
         if keep is not None and path.exists():
-            with open(path, newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                self.rows = [row for row in reader if int(row["step"]) < keep]
-                self.columns = list(reader.fieldnames or self.columns)
+            whole, _, _ = path.read_bytes().decode().rpartition("\n")  # a kill may have cut the last row short
+            reader = csv.DictReader(whole.splitlines())
+            self.rows = [row for row in reader if int(row["step"]) < keep]
+            self.columns = list(reader.fieldnames or self.columns)
         self._rewrite()
 
     @property
@@ -42,8 +48,9 @@ class MetricsFile(Logger):
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """A run directory holds its recipe already."""
 
-    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if processes.rank() > 0:
+            return
         row = {"step": step or 0, **metrics}
         if "epoch" in row:
             row["epoch"] = int(row["epoch"])
@@ -52,11 +59,26 @@ class MetricsFile(Logger):
             self.columns += new
             self._rewrite()
         else:
-            with open(self.path, "a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
+            self._append(row)
 
-    @rank_zero_only
+    def _append(self, row: Mapping[str, Any]) -> None:
+        """Add a row, whole or not at all."""
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns).writerow(row)
+        end = self.path.stat().st_size
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                data = text.getvalue().encode()
+                if file.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self.path, end)
+            raise WorkError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+
     def _rewrite(self) -> None:
+        if processes.rank() > 0:
+            return
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns)
         writer.writeheader()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _IncompatibleKeys
+from torchmetrics import Metric
 
 from shared.adapted import Adapted
 from shared.errors import RequestError, WorkError
+from shared.training.feed import seed_all
 from shared.training.optimiser import Optimiser
+from shared.training.sharded import like, whole
 
 
 class Task(LightningModule):
@@ -21,8 +26,14 @@ class Task(LightningModule):
 
     Its state dict is ``model.trained_state()``: a checkpoint never holds frozen weights, and loading is strict.
 
+    Those whose ``loss`` is one of the model's outputs give these two instead of it, ``outputs`` and ``criterion``: so
+    methods can train that need several passes.
+
     monitor: the metric that picks the best checkpoint ("<split>/<name of results()>"); an engine may name another.
+    seed: of the run.
     outcome: the results of the last evaluation of each split.
+    weight: of this process's share of the training batch (see ``feed.Shares``).
+    counts: whether the evaluated batch counts, or only fills up this process's turns.
     """
 
     monitor: ClassVar[str] = "validation/loss"
@@ -30,20 +41,38 @@ class Task(LightningModule):
     def __init__(self, model: Adapted, optimiser: Optimiser):
         super().__init__()
         self.model, self.optimiser = model, optimiser
-        self.total_steps = 1
+        self.total_steps, self.seed = 1, 0
         self.outcome: dict[str, dict[str, Any]] = {}
+        self.weight, self.counts = 1.0, True
         self._proved = False
 
     def loss(self, batch: Any) -> Tensor:
         """The scalar training loss of a batch, without the methods' extra losses."""
+        return self.criterion(self.outputs(batch), batch)
+
+    def outputs(self, batch: Any) -> Any:
+        """What the model says of a batch, such as logits (B, classes)."""
+        raise RequestError(f"{type(self).__name__} gives a loss but no outputs, which this method trains on")
+
+    def criterion(self, outputs: Any, batch: Any) -> Tensor:
+        """The scalar training loss of such outputs."""
         raise NotImplementedError
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether ``loss`` is, where processes share a batch, that of the whole batch in each: for losses that are no
+        means over samples, made from sums of ``processes.total``, to which a share of weight 0 adds nothing."""
+        return False
 
     def evaluate(self, batch: Any) -> None:
         """Add a batch to the metrics."""
         raise NotImplementedError
 
     def results(self) -> dict[str, Any]:
-        """The metrics since the last call, JSON-able, None where undefined; starts them anew."""
+        """The metrics since the last call, JSON-able, None where undefined; starts them anew.
+
+        They are of all processes together: keep sums in torchmetrics, which add them up.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -76,13 +105,28 @@ class Task(LightningModule):
         optimiser, schedule = self.optimiser.build(self.model, self.total_steps)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_fit_start(self) -> None:
+        if self.trainer.ckpt_path is not None:  # a checkpoint holds what was prepared
+            return
+        if self.model.unprepared() and type(self.trainer.strategy).__name__ == "FSDPStrategy":
+            raise RequestError("trainer.strategy fsdp divides the weights a method reads before training: use ddp")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.model.prepare(_Moved(self), self._plain_loss)
+
+    def _plain_loss(self, batch: Any) -> Tensor:
+        with self.trainer.strategy.precision_plugin.train_step_context():
+            return self.loss(batch)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.model.step(self.global_step)
+        self.model.step(self.global_step, self.seed)
+        seed_all(torch.initial_seed(), self.global_rank)  # from here on each process draws its own
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self.loss(batch) + self.model.penalty()
+        loss = self.model.loss(self, batch) * (1.0 if self.adds_up else self.weight)
+        loss = loss + self.weight * self.model.penalty()
         self._last = loss.detach(), list(batch["name"]) if isinstance(batch, Mapping) and "name" in batch else []
-        self.log("train/loss", self._last[0], prog_bar=True)
+        self.log("train/loss", self._last[0], prog_bar=True, sync_dist=self.trainer.world_size > 1)
         self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
@@ -104,7 +148,7 @@ class Task(LightningModule):
             raise WorkError(f"no gradient reaches {_first(silent)} ({len(silent)} of {len(trained)} trainable tensors)")
         # Scaled half-precision gradients may overflow at first; the scaler skips that step and lowers its scale.
         scaled = self.trainer.precision == "16-mixed"
-        if not scaled and (bad := [n for n, p in trained.items() if not torch.isfinite(p.grad).all()]):  # type: ignore[arg-type]
+        if not scaled and (bad := [n for n, p in trained.items() if not _finite(p.grad)]):
             raise WorkError(
                 f"the gradient of {_first(bad)} is not finite ({len(bad)} of {len(trained)} trainable tensors)"
             )
@@ -112,10 +156,18 @@ class Task(LightningModule):
     # -- evaluation ------------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.evaluate(batch)
+        self._evaluate(batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def _evaluate(self, batch: Any) -> None:
+        metrics = [] if self.counts else [m for m in self.modules() if isinstance(m, Metric)]
+        kept = [copy.deepcopy(metric.metric_state) for metric in metrics]
         self.evaluate(batch)
+        for metric, state in zip(metrics, kept, strict=True):
+            for name, value in state.items():
+                setattr(metric, name, value)
 
     def on_validation_epoch_end(self) -> None:
         self._report("validation")
@@ -124,20 +176,43 @@ class Task(LightningModule):
         self._report("test")
 
     def _report(self, split: str) -> None:
-        self.outcome[split] = self.results()
-        scalars = {f"{split}/{n}": float(v) for n, v in self.outcome[split].items() if isinstance(v, (int, float))}
-        self.log_dict(scalars, sync_dist=self.trainer.world_size > 1)
+        found = self.outcome[split] = self.results()
+        processes = self.trainer.strategy
+        if not processes.reduce_boolean_decision(repr(processes.broadcast(found)) == repr(found)):
+            raise WorkError(f"{type(self).__name__}.results() differ between processes: keep sums in torchmetrics")
+        self.log_dict({f"{split}/{n}": float(v) for n, v in found.items() if isinstance(v, (int, float))})
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return self.model.trained_state()
+        return {name: whole(tensor) for name, tensor in self.model.trained_state().items()}
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> _IncompatibleKeys:
-        self.model.load_trained_state(state_dict, "checkpoint")
+        mine = self.model.trained_state()
+        self.model.load_trained_state({n: like(t, mine.get(n)) for n, t in state_dict.items()}, "checkpoint")
         return _IncompatibleKeys([], [])
+
+
+class _Moved:
+    """The training batches, on the task's device."""
+
+    def __init__(self, task: Task):
+        self.task = task
+
+    def __iter__(self) -> Iterator[Any]:
+        feed: Any = self.task.trainer.datamodule  # type: ignore[attr-defined]
+        return (self.task.trainer.strategy.batch_to_device(batch) for batch in feed.loaders["train"])
+
+    def __len__(self) -> int:
+        feed: Any = self.task.trainer.datamodule  # type: ignore[attr-defined]
+        return len(feed.loaders["train"])
+
+
+def _finite(gradient: Any) -> bool:
+    """Whether all of a gradient is finite, or all of this process's part of it."""
+    return bool(torch.isfinite(gradient.to_local() if isinstance(gradient, DTensor) else gradient).all())
 
 
 def _first(names: list[str], most: int = 5) -> str:

@@ -76,14 +76,32 @@ def clip() -> Host:
     return backbone, (torch.randn(3, 3, 32, 32),), backbone.sites()
 
 
-def transformers_llama() -> Host:
-    from transformers import LlamaConfig, LlamaModel
+SMALL_TEXT = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, use_cache=False,
-    )  # fmt: skip
-    return _described(LlamaModel(config), torch.randint(0, 50, (3, 6)))
+
+def llama() -> Host:
+    """Separate projections, two query heads for one key and value head, causal."""
+    return _text("llama", intermediate_size=24, num_key_value_heads=1)
+
+
+def bert() -> Host:
+    """Norms after the residuals, tokens see both ways."""
+    return _text("bert", intermediate_size=24, max_position_embeddings=16)
+
+
+def bloom() -> Host:
+    """One fused projection whose query, key and value rows lie interleaved; no fused attention kernel."""
+    return _text("bloom")
+
+
+def _text(family: str, **config: int) -> Host:
+    """Three texts of six tokens, the second padded by two."""
+    from modalities.language.backbones import TransformersText
+
+    backbone = TransformersText(name=family, weights="random", config={**SMALL_TEXT, **config})
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    mask[1, 4:] = False
+    return backbone, (torch.randint(0, 50, (3, 6)), mask), backbone.sites()
 
 
 def _described(model: nn.Module, *example: Tensor) -> Host:
@@ -96,5 +114,7 @@ HOSTS: dict[str, Callable[[], Host]] = {
     "attention": attention,
     "encoder": encoder,
     "convolutions": convolutions,
-    "llama": transformers_llama,
+    "llama": llama,
+    "bert": bert,
+    "bloom": bloom,
 }

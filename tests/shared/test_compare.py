@@ -13,6 +13,15 @@ from shared import compare, recipe
 from shared.errors import RequestError
 from tests.shared.test_run import SMALL
 
+IMAGES = """
+task: {type: Classification}
+data: {type: GeneratedImages, count: 4, normalisation: measured}
+backbone: {type: TimmViT, name: vit_small_patch16_224, weights: random, image_size: 32, patch_size: 8,
+           model_args: {depth: 1, embed_dim: 24, num_heads: 2}}
+method: {type: Probe}
+head: {type: LinearHead}
+"""
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
@@ -96,6 +105,20 @@ def test_wrong_requests(small, tmp_path, methods, seeds, message):
     with pytest.raises(RequestError, match=message):
         compare.compare(small, methods, seeds, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_data_that_the_run_s_seed_draws_are_drawn_once_a_seed_for_all_methods(tmp_path):
+    path = tmp_path / "images.yaml"
+    path.write_text(IMAGES)
+    chosen = recipe.load(str(path))
+    first, second, third, fourth = compare._data(compare._plan(chosen, ["probe", "lora"], [0, 1], None))
+    assert (first.seed, second.seed) == (0, 1)
+    assert first is third
+    assert second is fourth
+    assert first.members != second.members
+    fixed = compare._data(compare._plan(recipe.load(str(path), ["data.seed=4"]), ["probe"], [0, 1], None))
+    assert fixed[0] is fixed[1]
+    assert fixed[0].seed == 4
 
 
 # -- folds -----------------------------------------------------------------------------------------------------------

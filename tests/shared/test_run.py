@@ -160,6 +160,8 @@ def test_a_wrong_request_leaves_no_directory(small, tmp_path):
         run.run(small.replaced(trainer={"steps": 3}), tmp_path / "a")
     with pytest.raises(RequestError, match="resample"):
         run.run(small.replaced(method={"type": "ResAdapter"}), tmp_path / "b")
+    with pytest.raises(RequestError, match="16-mixed' needs a GPU"):
+        run.run(small.replaced(trainer={"precision": "16-mixed"}), tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared import LoRA, RequestError, adapt, store
+from shared import LoRA, RequestError, WorkError, adapt, store
 from shared.methods import Full
 
 X = torch.linspace(-1, 1, 24).reshape(4, 6)
@@ -146,7 +146,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(WorkError, match="a.safetensors: cannot be written: No space left"):
         model.save(path)
     assert path.read_bytes() == old
     assert os.listdir(tmp_path) == ["a.safetensors"]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from shared.errors import RequestError
+
+# Mean and deviation of each band.
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def library(name: str) -> Any:
@@ -26,6 +29,17 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """The end of an error message: the names of ``known`` closest to ``word``."""
     close = difflib.get_close_matches(word, list(known), n=4, cutoff=0.5)
     return f"; nearest: {', '.join(close)}" if close else ""
+
+
+def byte_statistics(config: Mapping[str, Any], bands: int) -> Statistics | None:
+    """``mean`` and ``std`` (of values from 0 to 1) of a library's configuration, in values from 0 to 255.
+
+    They are those of red, green and blue: None for another number of bands.
+    """
+    if bands != 3:
+        return None
+    mean, std = (tuple(255 * value for value in config[key]) for key in ("mean", "std"))
+    return mean, std
 
 
 def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
@@ -55,3 +69,15 @@ def evenly_spaced(total: int, count: int = 4) -> tuple[int, ...]:
     """``count`` depths (0-based) at equal steps through ``total`` blocks, the last included; all of fewer blocks."""
     count = min(count, total)
     return tuple(round((i + 1) * total / count) - 1 for i in range(count))
+
+
+def fit_bands(kernel: Tensor, bands: int, source: str) -> Tensor:
+    """An RGB patch kernel (C, 3, h, w) for another number of bands, as timm does: repeated and scaled by 3 / bands.
+
+    Raises RequestError where the kernel has neither 3 nor ``bands`` input bands.
+    """
+    if kernel.shape[1] == bands:
+        return kernel
+    if kernel.shape[1] != 3:
+        raise RequestError(f"{source}: its patch kernel takes {kernel.shape[1]} bands, the backbone {bands}")
+    return library("timm.models").adapt_input_conv(bands, kernel)

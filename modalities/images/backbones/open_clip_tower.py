@@ -10,9 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modalities.images.backbones import weights as w
-from modalities.images.backbones.inputs import check_image, check_multiple, evenly_spaced, library, nearest, pair
+from modalities.images.backbones.inputs import (
+    byte_statistics,
+    check_image,
+    check_multiple,
+    evenly_spaced,
+    fit_bands,
+    library,
+    nearest,
+    pair,
+)
 from modalities.images.backbones.sites import open_clip_sites
+from shared import weights as w
 from shared.backbone import Embedded, TokenBackbone
 from shared.errors import RequestError
 from shared.sites import Sites
@@ -71,6 +80,8 @@ class OpenClipTower(TokenBackbone):
         super().__init__(name, depths=depths, total=total, width=tower.conv1.out_channels, prefix=1, normed=normed)
         self.tower, self.bands = tower, bands
         self.image_size, self.patch_size, self.summary_width = tower.image_size, tower.patch_size, tower.output_dim
+        clip = {"mean": library("open_clip").OPENAI_DATASET_MEAN, "std": library("open_clip").OPENAI_DATASET_STD}
+        self.statistics = byte_statistics({**clip, **tag}, bands)
         if pretrained == "random":
             self.source = f"random (seed {seed})"
         else:
@@ -111,7 +122,7 @@ class OpenClipTower(TokenBackbone):
         if any(key.startswith("visual.") for key in state):  # a whole CLIP model: the rest is its text tower
             state = {key.removeprefix("visual."): t for key, t in state.items() if key.startswith("visual.")}
         if "conv1.weight" in state:
-            state["conv1.weight"] = w.fit_bands(state["conv1.weight"], self.bands, self.source)
+            state["conv1.weight"] = fit_bands(state["conv1.weight"], self.bands, self.source)
         if {"class_embedding", "positional_embedding"} <= state.keys():  # a text tower has only the latter
             state["positional_embedding"] = self._positions(state["positional_embedding"])
         w.fill(self.tower, state, self.name, self.source)

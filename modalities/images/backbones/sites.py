@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from shared.sites import Site, Sites, multihead_sites
+from shared.sites import Site, Sites, multihead_sites, norm_sites
 
 QKV = ("attention.query", "attention.key", "attention.value")
 
@@ -59,20 +59,13 @@ def open_clip_sites(backbone: Any) -> Sites:
     return Sites([*sites, *norm_sites("tower.ln_post", tower.ln_post, last, 1, "final")], backbone.name)
 
 
-def norm_sites(path: str, norm: nn.Module, depth: int, prefix: int, *tags: str) -> Iterator[Site]:
-    """A norm's weight and bias, as far as it has them; its own name is a tag."""
-    for parameter in ("weight", "bias"):
-        tensor = norm._parameters.get(parameter)
-        if tensor is not None:
-            names = (path.rpartition(".")[2], *tags)
-            yield Site("norm", depth, path, norm, parameter, prefix=prefix, width=tensor.numel(), tags=names)
-
-
 def _attention(path: str, attention: Any, depth: int, prefix: int, width: int) -> Iterator[Site]:
     """The whole, its query, key and value (rows of one fused projection or three of their own), its output."""
     yield Site("attention", depth, path, attention, parameter=None, prefix=prefix, width=width)
     if attention.qkv is not None:
-        third = attention.qkv.out_features // 3
+        whole = attention.qkv.out_features
+        third = whole // 3
+        yield Site("attention.qkv", depth, f"{path}.qkv", attention.qkv, prefix=prefix, width=whole)
         for i, role in enumerate(QKV):
             rows = (i * third, (i + 1) * third)
             yield Site(role, depth, f"{path}.qkv", attention.qkv, rows=rows, prefix=prefix, width=third)

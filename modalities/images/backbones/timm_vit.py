@@ -10,9 +10,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from modalities.images.backbones import weights as w
-from modalities.images.backbones.inputs import check_image, check_multiple, evenly_spaced, library, nearest, pair
+from modalities.images.backbones.inputs import (
+    byte_statistics,
+    check_image,
+    check_multiple,
+    evenly_spaced,
+    fit_bands,
+    library,
+    nearest,
+    pair,
+)
 from modalities.images.backbones.sites import timm_sites
+from shared import weights as w
 from shared.backbone import Embedded, TokenBackbone
 from shared.errors import RequestError
 from shared.sites import Sites
@@ -80,6 +89,7 @@ class TimmViT(TokenBackbone):
         )
         self.model, self.bands = model, bands
         self.image_size, self.patch_size = model.patch_embed.img_size, model.patch_embed.patch_size
+        self.statistics = byte_statistics(model.pretrained_cfg, bands)
         check_multiple(name, self.image_size, self.patch_size)
         self.source = _load(model, name, bands, checkpoint) if weights == "pretrained" else f"random (seed {seed})"
 
@@ -165,7 +175,7 @@ def _load(model: Any, name: str, bands: int, checkpoint: str | None) -> str:
     except (RuntimeError, KeyError, AttributeError, ValueError, AssertionError) as error:
         raise RequestError(f"{source}: timm cannot bring it into the form of {name} ({error})") from error
     if "patch_embed.proj.weight" in state:
-        state["patch_embed.proj.weight"] = w.fit_bands(state["patch_embed.proj.weight"], bands, source)
+        state["patch_embed.proj.weight"] = fit_bands(state["patch_embed.proj.weight"], bands, source)
     w.fill(model, state, name, source)
     return source
 

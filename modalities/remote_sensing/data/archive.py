@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from modalities.images.data import read_image
 from modalities.remote_sensing.data.augment import crop_and_colour
 from modalities.remote_sensing.data.splits import SPLITS, split_scenes
 from modalities.remote_sensing.data.statistics import IGNORE
@@ -175,17 +176,6 @@ def resized(image: Tensor, size: int) -> Tensor:
     return torch.nn.functional.interpolate(image, size=(size, size), mode="bilinear", antialias=True)
 
 
-def decode(file: Any, where: str) -> np.ndarray:
-    """A JPEG or PNG photograph as uint8 (3, H, W). Raises RequestError where it is damaged."""
-    from PIL import Image
-
-    try:
-        picture = np.asarray(Image.open(file, formats=("JPEG", "PNG")).convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise RequestError(f"{where}: not a readable JPEG or PNG photograph ({error})") from error
-    return picture.transpose(2, 0, 1).copy()  # writable and in order, as torch wants it
-
-
 def _read(path: Path, leave_out: str | None) -> tuple[Tensor, list[str], int]:
     """All photographs but those left out, in the order of their names, and the number of those."""
     found: dict[str, np.ndarray] = {}
@@ -199,7 +189,7 @@ def _read(path: Path, leave_out: str | None) -> tuple[Tensor, list[str], int]:
                 if unwanted is not None and unwanted.search(member.name):
                     left_out += 1
                     continue
-                found[member.name] = decode(archive.extractfile(member), f"{path}: {member.name}")
+                found[member.name] = read_image(archive.extractfile(member), f"{path}: {member.name}")
     except re.error as error:
         raise RequestError(f"leave_out {leave_out!r} is not a regular expression: {error}") from error
     except (OSError, tarfile.TarError, EOFError) as error:

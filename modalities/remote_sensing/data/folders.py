@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from modalities.remote_sensing.data.rasters import SUFFIXES, Header, Window, read_header, read_image, read_mask
+from modalities.remote_sensing.data.rasters import Header, Window, read_header, read_image, read_mask
 from modalities.remote_sensing.data.scenes import Scenes
+from modalities.remote_sensing.data.search import rasters_below
 from modalities.remote_sensing.data.splits import scene_of, split_scenes
 from modalities.remote_sensing.data.statistics import IGNORE
 from shared.errors import RequestError
@@ -177,15 +178,11 @@ def _files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise RequestError(f"{folder}: no such folder")
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in SUFFIXES or path.name.startswith(".") or not path.is_file():
-            continue
+    for path in rasters_below(folder):
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in found:
             raise RequestError(f"{found[name]} and {path.name} share one name; keep one of them")
         found[name] = path
-    if not found:
-        raise RequestError(f"{folder}: holds no raster ({', '.join(SUFFIXES)})")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from modalities.remote_sensing.data.arrays import open_array
 from shared.errors import RequestError, WorkError
+from shared.store import check_readable
 
 # A file is decoded as what its name says and as nothing else (a .png that is a virtual raster stays closed).
 _DRIVERS = {".tif": "GTiff", ".tiff": "GTiff", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -104,6 +107,22 @@ class Image(NamedTuple):
         return Raster(image, valid, _shifted(self.header.georeference, where))
 
 
+def check_name(path: Path) -> None:
+    """Raises RequestError for a file whose name GDAL cannot be told."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"{path}: the name is not UTF-8; rename it") from None
+
+
+def check_spectral(header: Header) -> None:
+    """Raises RequestError for a file whose bands are no measured values."""
+    if "palette" in header.band_names:
+        raise RequestError(f"{header.path}: an image of palette indices has no spectral bands; convert it to RGB")
+    if header.dtype.startswith("complex"):
+        raise RequestError(f"{header.path}: holds complex numbers; store amplitude and phase, or both parts, as bands")
+
+
 @contextmanager
 def open_image(
     path: str | Path,
@@ -117,10 +136,7 @@ def open_image(
         numbers = list(bands) if bands else header.data_bands
         if missing := [n for n in numbers if not 1 <= n <= header.bands]:
             raise RequestError(f"{path}: no band {missing[0]}; it has bands 1 to {header.bands}")
-        if "palette" in header.band_names:
-            raise RequestError(f"{path}: an image of palette indices has no spectral bands; convert it to RGB")
-        if header.dtype.startswith("complex"):
-            raise RequestError(f"{path}: holds complex numbers; store amplitude and phase, or both parts, as bands")
+        check_spectral(header)
         yield Image(header, source, numbers, fill)
 
 
@@ -147,16 +163,18 @@ def read_image(
 
 
 def read_mask(path: str | Path, *, window: Window | None = None) -> Mask:
-    """A label raster with one band of whole numbers (an alpha band and declared nodata mark invalid pixels).
+    """A label raster with one band of whole numbers (an alpha band, declared nodata and NaN mark invalid pixels).
 
-    Raises RequestError where the file cannot be decoded, has several bands, or holds a fraction.
+    Raises RequestError where the file cannot be decoded, has several bands, or holds a fraction or infinity.
     """
     with _opened(Path(path), None) as (header, source):
         if len(header.data_bands) != 1:
             raise RequestError(f"{path}: a mask has one band of class values, this file has {len(header.data_bands)}")
         stored, declared = _read(source, header.data_bands, _inside(header, window), header.alpha)
-    valid = declared & np.isfinite(stored[0])
+    valid = declared & ~np.isnan(stored[0])
     values = np.where(valid, stored[0], 0)
+    if np.isinf(values).any():
+        raise RequestError(f"{path}: a mask holds whole class values, this file holds infinity")
     labels = values.astype(np.int64)
     if (labels != values).any():
         raise RequestError(f"{path}: a mask holds whole class values, this file holds {values[labels != values][0]:g}")
@@ -201,12 +219,12 @@ def _opened(path: Path, layout: str | None = None) -> Iterator[tuple[Header, Any
     """
     if path.suffix.lower() not in SUFFIXES:
         raise RequestError(f"{path}: not a raster this reads; use {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        raise RequestError(f"{path}: no such file")
+    check_name(path)
+    check_readable(path)
     if path.stat().st_size == 0:
         raise RequestError(f"{path}: empty (0 bytes)")
     if path.suffix.lower() == ".npy":
-        array = _array(path, layout)
+        array = open_array(path, layout)
         bands, height, width = array.shape
         yield Header(path, bands, height, width, str(array.dtype), _numbered(bands), None, None), array
         return
@@ -215,10 +233,28 @@ def _opened(path: Path, layout: str | None = None) -> Iterator[tuple[Header, Any
         from rasterio.errors import RasterioError
 
         try:
-            with rasterio.open(path, driver=driver) as dataset:
-                yield _header(path, dataset), dataset
+            with _complaints() as said, rasterio.open(path, driver=driver) as dataset:
+                header = _header(path, dataset)
+                if lost := [message for message in said if "IO error" in message or "corrupt" in message]:
+                    raise RequestError(f"{path}: damaged ({lost[0].splitlines()[0]})")
+                yield header, dataset
         except RasterioError as error:
             raise RequestError(f"{path}: damaged, or not {driver} ({_reason(error)})") from error
+
+
+@contextmanager
+def _complaints() -> Iterator[list[str]]:
+    """What GDAL warns of meanwhile. Of a file that is cut short it may read the pixels, and lose the place on Earth or
+    the names of the bands with no more than a warning."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("rasterio._env")
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
 
 
 @contextmanager
@@ -274,34 +310,6 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _array(path: Path, layout: str | None) -> np.ndarray:
-    """A .npy file, memory-mapped, seen as (bands, H, W)."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise RequestError(f"{path}: damaged, or not a plain .npy array ({_reason(error)})") from error
-    if array.dtype.kind not in "buif" or array.ndim not in (2, 3) or 0 in array.shape:
-        raise RequestError(
-            f"{path}: holds {array.dtype} {array.shape}; an image has numbers of shape (H, W), HWC or CHW"
-        )
-    if array.ndim == 2:
-        return array[None]
-    layout = layout or _guess_layout(path, array.shape)
-    if layout not in ("HWC", "CHW"):
-        raise RequestError(f"layout {layout!r} of .npy files: use 'HWC' or 'CHW'")
-    return array if layout == "CHW" else np.moveaxis(array, 2, 0)
-
-
-def _guess_layout(path: Path, shape: tuple[int, ...]) -> str:
-    """The layout of a shape that leaves no doubt: bands are the one axis at most half as long as both others."""
-    first, middle, last = shape
-    if 2 * first <= min(middle, last):
-        return "CHW"
-    if 2 * last <= min(first, middle):
-        return "HWC"
-    raise RequestError(f"{path}: which axis of {shape} holds the bands is not plain; state layout 'HWC' or 'CHW'")
 
 
 def _inside(header: Header, window: Window | None) -> Window:

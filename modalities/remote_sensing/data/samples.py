@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from modalities.remote_sensing.data.rasters import Window
 from modalities.remote_sensing.data.statistics import IGNORE, Normalisation, Source
@@ -50,27 +49,6 @@ class Tiles(Dataset):
             "mask": torch.from_numpy(np.ascontiguousarray(mask)),
             "name": _name(self.source.names[index], tile.window, self.source.sizes[index]),
         }
-
-
-class EpochSampler(Sampler[int]):
-    """Each epoch a permutation drawn from (seed, epoch), as positions ``epoch * length + i``.
-
-    Epochs follow one another as it is iterated; ``set_epoch`` (which Lightning calls) goes to a given one.
-    """
-
-    def __init__(self, length: int, seed: int):
-        self.length, self.seed, self.epoch = length, seed, 0
-
-    def __len__(self) -> int:
-        return self.length
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
-        start, self.epoch = self.epoch * self.length, self.epoch + 1
-        return iter((order + start).tolist())
 
 
 def _turned(image: np.ndarray, mask: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

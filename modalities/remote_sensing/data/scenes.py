@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from modalities.remote_sensing.data.samples import EpochSampler, Tiles
+from modalities.remote_sensing.data.samples import Tiles
 from modalities.remote_sensing.data.splits import SPLITS, Split
 from modalities.remote_sensing.data.statistics import IGNORE, Normalisation, Source, Survey, given, measured, survey
 from modalities.remote_sensing.data.tiling import Tile, tiles
 from shared.errors import RequestError
+from shared.training.order import EpochSampler
 
 
 class Scenes:

@@ -1,13 +1,16 @@
-"""Statistics of labelled rasters: mean and deviation of each band, pixels of each class; normalisation from them."""
+"""Statistics of labelled rasters: moments of each band and pixels of each class."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
+from modalities.images.data import Moments as Moments
+from modalities.images.data import Normalisation as Normalisation
+from modalities.images.data import given as given
 from modalities.remote_sensing.data.rasters import Window
 from shared.errors import RequestError
 
@@ -31,49 +34,6 @@ class Source(Protocol):
     def read(self, index: int, window: Window) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """image float32 (bands, H, W), valid bool (H, W), mask int64 (H, W) of class indices or IGNORE."""
         ...
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """(value - mean) / std for each band, in stored units; 0 where a pixel is invalid."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def apply(self, image: np.ndarray, valid: np.ndarray) -> np.ndarray:
-        """image float32 (bands, H, W), valid bool (H, W) to float32 (bands, H, W)."""
-        return np.where(valid, (image - _column(self.mean)) / _column(self.std), np.float32(0))
-
-    def undo(self, image: np.ndarray) -> np.ndarray:
-        """A normalised image (bands, H, W) back in stored units."""
-        return image * _column(self.std) + _column(self.mean)
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Count, mean and sum of squared deviations of each band, which add up exactly (Chan, Golub & LeVeque, 1983)."""
-
-    count: int
-    mean: np.ndarray
-    squares: np.ndarray
-
-    @classmethod
-    def of(cls, values: np.ndarray) -> Moments:
-        """values (bands, n)"""
-        if not values.shape[1]:
-            return cls(0, np.zeros(len(values)), np.zeros(len(values)))
-        mean = values.mean(1, dtype=np.float64)
-        return cls(values.shape[1], mean, ((values - mean[:, None]) ** 2).sum(1))
-
-    def __add__(self, other: Moments) -> Moments:
-        if not (count := self.count + other.count):
-            return self
-        step = other.mean - self.mean
-        return Moments(
-            count,
-            self.mean + step * other.count / count,
-            self.squares + other.squares + step**2 * self.count * other.count / count,
-        )
 
 
 @dataclass(frozen=True)
@@ -105,25 +65,4 @@ def measured(surveys: Iterable[Survey], band_names: Sequence[str]) -> Normalisat
     total, *others = (survey.moments for survey in surveys)
     for moments in others:
         total += moments
-    std = np.sqrt(total.squares / total.count)
-    for name, mean, deviation in zip(band_names, total.mean, std, strict=True):
-        if not deviation > 1e-7 * abs(mean):
-            raise RequestError(f"band {name!r} is {mean:g} on every training pixel; leave it out of bands")
-    return Normalisation(tuple(total.mean.tolist()), tuple(std.tolist()))
-
-
-def given(stated: object, band_names: Sequence[str]) -> Normalisation:
-    """The normalisation ``{mean: [...], std: [...]}`` states: one mean and one positive deviation for each band."""
-    if not isinstance(stated, Mapping) or set(stated) != {"mean", "std"}:
-        raise RequestError(f"normalisation {stated!r}: use 'measured' or {{mean: [...], std: [...]}}")
-    mean, std = stated["mean"], stated["std"]
-    if not len(mean) == len(std) == len(band_names):
-        counts = f"{len(mean)} means and {len(std)} deviations"
-        raise RequestError(f"normalisation: {counts} for {len(band_names)} bands ({', '.join(band_names)})")
-    if not (np.isfinite([*mean, *std]).all() and min(std) > 0):
-        raise RequestError("normalisation: means are finite numbers and deviations finite numbers above 0")
-    return Normalisation(tuple(map(float, mean)), tuple(map(float, std)))
-
-
-def _column(values: Sequence[float]) -> np.ndarray:
-    return np.asarray(values, np.float32)[:, None, None]
+    return total.normalisation(band_names)

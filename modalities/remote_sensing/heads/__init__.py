@@ -4,6 +4,6 @@ Every head is called with ``(features, size)``, and offers ``loss(output, mask)`
 """
 
 from modalities.remote_sensing.heads.light import LightDecoder as LightDecoder
-from modalities.remote_sensing.heads.light import LinearHead as LinearHead
+from modalities.remote_sensing.heads.light import LinearDecoder as LinearDecoder
 from modalities.remote_sensing.heads.light import PixelDecoder as PixelDecoder
 from modalities.remote_sensing.heads.mask2former import Mask2FormerHead as Mask2FormerHead

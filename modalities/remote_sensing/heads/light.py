@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,12 @@ from shared.errors import RequestError
 
 
 class _PixelHead(nn.Module):
-    """Scores every pixel: cross entropy plus Dice for a loss, softmax for a prediction."""
+    """Scores every pixel: cross entropy plus Dice for a loss, softmax for a prediction.
+
+    adds_up: ``loss`` can be that of a batch which processes share.
+    """
+
+    adds_up: ClassVar[bool] = True
 
     def __init__(self, classes: int, ignore_index: int, class_weights: Sequence[float] | None):
         super().__init__()
@@ -23,11 +29,11 @@ class _PixelHead(nn.Module):
             raise RequestError(f"head.class_weights {list(class_weights)}: give {classes} numbers, none negative")
         self.classes, self.ignore_index, self.class_weights = classes, ignore_index, class_weights
 
-    def loss(self, output: Tensor, mask: Tensor) -> Tensor:
+    def loss(self, output: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
         """output: logits (B, classes, H, W).  mask: (B, H, W).  Returns a scalar (see ``cross_entropy_dice``)."""
         # No buffer: an adapter file holds what training found, and the weights belong to the recipe.
         weights = None if self.class_weights is None else torch.tensor(self.class_weights, device=output.device)
-        return cross_entropy_dice(output, mask, ignore_index=self.ignore_index, class_weights=weights)
+        return cross_entropy_dice(output, mask, ignore_index=self.ignore_index, class_weights=weights, total=total)
 
     def predict(self, output: Tensor, size: tuple[int, int]) -> Tensor:
         """Class probabilities (B, classes, H, W) at ``size``."""
@@ -137,7 +143,7 @@ def dark_objects(image: Tensor, share: float = 0.1) -> Tensor:
     return coarse.flatten(2).quantile(share, 2)[:, :, None, None].to(image)
 
 
-class LinearHead(_PixelHead):
+class LinearDecoder(_PixelHead):
     """The linear probe (Oquab et al., 2023): batch norm and one linear layer on the concatenated maps.
 
     channels: of the backbone's maps.  classes: number of classes.

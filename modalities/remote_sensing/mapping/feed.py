@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modalities.remote_sensing.data.rasters import Header
+from modalities.remote_sensing.data.rasters import Header, check_spectral
 from modalities.remote_sensing.data.statistics import Normalisation
 from shared.errors import RequestError
 
@@ -51,6 +51,7 @@ class Feed:
         given: them, whatever the file calls its bands. Else bands go by name where the file and the training files
         name theirs, and by number otherwise. Raises RequestError where they do not fit.
         """
+        check_spectral(header)
         if given is not None:
             if len(given) != len(self.bands):
                 raise RequestError(f"bands {list(given)}: the model reads {len(self.bands)}, state one number for each")

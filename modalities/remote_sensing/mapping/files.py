@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from modalities.remote_sensing.data.rasters import SUFFIXES as READABLE
 from modalities.remote_sensing.data.rasters import read_header
+from modalities.remote_sensing.data.search import rasters_below
 from modalities.remote_sensing.mapping.blending import Scores
 from modalities.remote_sensing.mapping.feed import Feed
 from modalities.remote_sensing.mapping.raster import SUFFIXES, Mapped, Tick, has_crs, map_raster
@@ -19,7 +20,7 @@ from shared.errors import RequestError, WorkError
 def map_files(
     scores: Scores, feed: Feed, inputs: Sequence[Path], output: Path, *, kind: str | None = None, **options: Any
 ) -> list[Mapped]:
-    """Map every raster of ``inputs`` (files, and folders searched with their subfolders) and say what each became.
+    """Map every raster of ``inputs`` (files, and folders as ``rasters_below`` searches them) and say what each became.
 
     output: a file, for one raster; else a folder, which is made where it is missing and repeats the folders of the
     inputs.  kind: the ``output`` of ``map_raster`` ("polygons" where ``output`` is a .geojson, else "classes").
@@ -68,20 +69,19 @@ def targets(inputs: Sequence[Path], output: Path, kind: str) -> list[tuple[Path,
 
 
 def _rasters(path: Path, output: Path) -> list[tuple[Path, Path]]:
-    """A file, or the rasters of a folder but for hidden ones and those of ``output``: with the place in the output."""
+    """A file, or the rasters of a folder but for those of ``output``: with the place in the output."""
     if not path.is_dir():
         return [(path, Path(path.name))]
-    files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in READABLE and file.is_file()]
     results = _inside(output, path) and not _inside(path, output)
-    within = [(file, file.relative_to(path)) for file in files if not (results and _inside(file, output))]
-    shown = [(file, inside) for file, inside in within if not any(part.startswith(".") for part in inside.parts)]
-    if not shown:
-        raise RequestError(f"{path}: holds no raster ({', '.join(READABLE)})")
-    return shown
+    files = [file for file in rasters_below(path) if not (results and _inside(file, output))]
+    if not files:
+        raise RequestError(f"{path}: holds no raster but the results in {output}")
+    return [(file, file.relative_to(path)) for file in files]
 
 
 def _inside(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
+    path, folder = (Path(os.path.realpath(p)) for p in (path, folder))  # which stands links that lead to themselves
+    return path.is_relative_to(folder)
 
 
 def _said(found: Mapped, placed: bool) -> str:

@@ -15,6 +15,7 @@ from modalities.remote_sensing.mapping.partial import Strips
 from modalities.remote_sensing.mapping.windows import BLOCK
 from shared.errors import WorkError
 
+LOST = "does not hold what was written to it; is the disk full?"
 TAG = "OMNIADAPT"  # of the file's metadata: a digest of what it was made from
 
 
@@ -48,9 +49,12 @@ def write_map(
                     dataset.write(block, window=window)
                     pixels += _count(block, len(classes))
                     written += window.height * window.width
+            _flush(path)
+            _check_whole(rasterio, path)
             with rasterio.open(path, "r+") as dataset:
                 _overview(dataset)
             _flush(path)
+            _check_whole(rasterio, path)
             _verify(rasterio, path, strips)
         except (RasterioError, CPLE_BaseError) as error:
             raise WorkError(f"cannot be written: {error.__cause__ or error}") from error
@@ -137,12 +141,20 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def _check_whole(rasterio: Any, path: Path) -> None:
+    """On a disk that is full to the last byte GDAL may close a file that is none, without a word."""
+    try:
+        rasterio.open(path, driver="GTiff").close()
+    except rasterio.errors.RasterioError as error:
+        raise WorkError(LOST) from error
+
+
 def _verify(rasterio: Any, path: Path, strips: Strips) -> None:
     with rasterio.open(path) as dataset:
         levels = len(dataset.overviews(1))
         for window, block in _blocks(strips):
             if not np.array_equal(dataset.read(window=window), block, equal_nan=block.dtype.kind == "f"):
-                raise WorkError("does not hold what was written to it; is the disk full?")
+                raise WorkError(LOST)
     for level in range(levels):
         with rasterio.open(path, OVERVIEW_LEVEL=level) as dataset:
             for top in range(0, dataset.height, BLOCK):

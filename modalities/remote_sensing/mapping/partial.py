@@ -68,23 +68,30 @@ def partial(
     refuses (full, read-only), and RequestError where another process is at the same target.
     """
     folder = _folder(target)
+    made = [path for path in target.parents if not os.path.exists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "strips", "a+b") as file:
             _lock(file, target)
-            text = json.dumps(settings, sort_keys=True).encode()
-            note = folder / "settings.json"
-            if not note.is_file() or note.read_bytes() != text:
-                file.truncate(0)
-                write_atomically(note, text)
             try:
+                _keep(file, folder / "settings.json", json.dumps(settings, sort_keys=True).encode())
                 yield folder, Strips(file, grid, bands, np.dtype(dtype))
             except (RequestError, WorkError, OSError):
                 shutil.rmtree(folder)
+                for path in made:
+                    with suppress(OSError):  # another result is in it by now
+                        path.rmdir()
                 raise
             shutil.rmtree(folder)
     except OSError as error:
         raise WorkError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def _keep(file: IO[bytes], note: Path, settings: bytes) -> None:
+    """Keep the strips where they were made with equal settings, as a note beside them says; else begin anew."""
+    if not note.is_file() or note.read_bytes() != settings:
+        file.truncate(0)
+        write_atomically(note, settings)
 
 
 def clear(target: Path) -> None:

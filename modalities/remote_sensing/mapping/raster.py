@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from modalities.remote_sensing.data.rasters import Header, Image, open_image, quiet, read_header
+from modalities.remote_sensing.data.rasters import Header, Image, check_name, open_image, quiet, read_header
 from modalities.remote_sensing.data.statistics import IGNORE
 from modalities.remote_sensing.mapping import geotiff, polygons
 from modalities.remote_sensing.mapping.blending import Blender, Scores, Strip
@@ -149,6 +149,7 @@ def _check(header: Header, target: Path, output: str) -> None:
         raise RequestError(f"output {output!r}: use {', '.join(SUFFIXES)}")
     if target.suffix.lower() not in SUFFIXES[output]:
         raise RequestError(f"{target}: {output} are written to a file named {' or '.join(SUFFIXES[output])}")
+    check_name(target)
     if target.is_dir():
         raise RequestError(f"{target}: a folder; name a file in it")
     if target.exists() and target.samefile(header.path):

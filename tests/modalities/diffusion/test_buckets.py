@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -84,31 +83,20 @@ def test_sizes_are_drawn_as_often_as_they_should():
     assert share == pytest.approx(0.8, abs=0.03)
 
 
-@given(
-    images=st.integers(0, 60),
-    batch_size=st.integers(1, 7),
-    replicas=st.integers(1, 4),
-    seed=st.integers(0, 2**32),
-    epoch=st.integers(0, 5),
-)
+@given(images=st.integers(0, 60), batch_size=st.integers(1, 7), seed=st.integers(0, 2**32), epoch=st.integers(0, 5))
 @settings(max_examples=80, deadline=None)
-def test_batches_have_one_size_and_ranks_share_the_images(images, batch_size, replicas, seed, epoch):
-    sizes = buckets(16, 64, 16, (0.5, 2.0))
-    samplers = [
-        BucketSampler(images, sizes, batch_size=batch_size, seed=seed, replicas=replicas, rank=rank)
-        for rank in range(replicas)
-    ]
-    for sampler in samplers:
-        sampler.set_epoch(epoch)
-    ranks = [list(sampler) for sampler in samplers]
-    assert {len(batches) for batches in ranks} == {len(samplers[0])} == {images // (batch_size * replicas)}
-    for step in zip(*ranks, strict=True):  # the same step of every rank
-        assert {len(batch) for batch in step} == {batch_size}
-        assert len({draw.size for batch in step for draw in batch}) == 1
-    seen = [draw.index for batches in ranks for batch in batches for draw in batch]
-    assert len(seen) == len(set(seen)) == len(samplers[0]) * batch_size * replicas
+def test_batches_have_one_size_and_no_image_twice(images, batch_size, seed, epoch):
+    sampler = BucketSampler(images, buckets(16, 64, 16, (0.5, 2.0)), batch_size=batch_size, seed=seed)
+    sampler.set_epoch(epoch)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == images // batch_size
+    for batch in batches:
+        assert len(batch) == batch_size
+        assert len({draw.size for draw in batch}) == 1
+    seen = [draw.index for batch in batches for draw in batch]
+    assert len(seen) == len(set(seen)) == len(sampler) * batch_size
     assert all(0 <= index < images for index in seen)
-    assert [list(sampler) for sampler in samplers] == ranks
+    assert list(sampler) == batches
 
 
 def test_epochs_and_seeds_differ():
@@ -120,15 +108,6 @@ def test_epochs_and_seeds_differ():
     assert list(BucketSampler(40, sizes, batch_size=2, seed=1)) != first
     sampler.set_epoch(0)
     assert list(sampler) == first
-
-
-def test_the_process_group_is_asked_when_there_is_one(monkeypatch):
-    sampler = BucketSampler(40, [Size(8, 8)], batch_size=2)
-    assert len(sampler) == 20
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
-    assert (len(sampler), sampler.shard()) == (5, (4, 3))
 
 
 @given(

@@ -140,7 +140,7 @@ def test_sites_are_where_they_say(name):
 def test_sites_of_a_plain_vit():
     sites = tiny().sites()
     count = {role: sum(site.role == role for site in sites) for role in sites.roles}
-    blockwise = ("block", "attention", *LINEAR[:4], "mlp", "mlp.up", "mlp.down")
+    blockwise = ("block", "attention", "attention.qkv", *LINEAR[:4], "mlp", "mlp.up", "mlp.down")
     assert count == {"model": 1, "conv": 1, "norm": 18} | dict.fromkeys(blockwise, 4)
     assert sites.depth == 4
     norms = sites.select("norm", "last 1", "norm1")

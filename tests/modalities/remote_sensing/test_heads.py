@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modalities.remote_sensing.heads import LightDecoder, LinearHead, PixelDecoder
+from modalities.remote_sensing.heads import LightDecoder, LinearDecoder, PixelDecoder
 from modalities.remote_sensing.heads.light import dark_objects
 from modalities.remote_sensing.losses import cross_entropy_dice
 from shared.backbone import Features
@@ -23,7 +23,7 @@ def features(*shapes: tuple[int, int, int], batch: int = 2) -> Features:
 
 def test_maps_of_any_strides_give_logits_at_the_asked_size() -> None:
     maps = features((16, 20, 12), (24, 10, 6), (8, 5, 3))
-    for head in (LightDecoder((16, 24, 8), 4, width=16), LinearHead((16, 24, 8), 4)):
+    for head in (LightDecoder((16, 24, 8), 4, width=16), LinearDecoder((16, 24, 8), 4)):
         output = head(maps, (80, 48))
         assert output.shape == (2, 4, 80, 48)
         shares = head.predict(output, (33, 17))
@@ -36,17 +36,17 @@ def test_few_parameters() -> None:
     count = sum(p.numel() for p in LightDecoder((384,) * 4, 4).parameters())
     separable = 9 * 64 + 64 * 64 + 2 * 64
     assert count == 4 * (384 * 64 + 64 + 2 * 64) + 2 * separable + 64 * 4 + 4 == 108_932
-    assert sum(p.numel() for p in LinearHead((384,) * 4, 4).parameters()) == 2 * 1536 + 1536 * 4 + 4
+    assert sum(p.numel() for p in LinearDecoder((384,) * 4, 4).parameters()) == 2 * 1536 + 1536 * 4 + 4
 
 
 def test_every_parameter_trains() -> None:
-    for head in (LightDecoder((16, 8), 4, width=16), LinearHead((16, 8), 4)):
+    for head in (LightDecoder((16, 8), 4, width=16), LinearDecoder((16, 8), 4)):
         head.loss(head(features((16, 8, 8), (8, 4, 4)), (32, 32)), torch.randint(0, 4, (2, 32, 32))).backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
 
 
 def test_the_linear_head_is_linear_once_its_norm_is_fixed() -> None:
-    head = LinearHead((6,), 3).eval()
+    head = LinearDecoder((6,), 3).eval()
     x, y = features((6, 4, 4)), features((6, 4, 4))
     mixed = Features((0.3 * x.maps[0] + 0.7 * y.maps[0],), x.summary)
     expected = 0.3 * head(x, (16, 16)) + 0.7 * head(y, (16, 16))
@@ -57,7 +57,7 @@ def test_refusals() -> None:
     with pytest.raises(RequestError, match="built for 2 feature maps, the backbone gives 1"):
         LightDecoder((8, 8), 3)(features((8, 4, 4)), (16, 16))
     with pytest.raises(RequestError, match="class_weights"):
-        LinearHead((8,), 3, class_weights=(1.0, 2.0))
+        LinearDecoder((8,), 3, class_weights=(1.0, 2.0))
     with pytest.raises(RequestError, match=r"head.width 0"):
         LightDecoder((8,), 3, width=0)
 
@@ -85,7 +85,7 @@ def test_closed_form_with_class_weights_and_an_absent_class() -> None:
     dice = (2 * share / (share + 1 / 3 + 1) + 2 / 3 / (rest + 1 / 3 + 1)) / 2
     found = cross_entropy_dice(logits, mask, class_weights=torch.tensor([4.0, 1.0, 9.0]))
     assert found.item() == pytest.approx(entropy + 1 - dice, rel=1e-6)
-    head = LinearHead((1,), 3, class_weights=(4.0, 1.0, 9.0))
+    head = LinearDecoder((1,), 3, class_weights=(4.0, 1.0, 9.0))
     assert head.loss(logits, mask).item() == pytest.approx(entropy + 1 - dice, rel=1e-6)
 
 

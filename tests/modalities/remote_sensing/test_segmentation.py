@@ -19,7 +19,7 @@ from torchmetrics.functional.classification import (
     multiclass_jaccard_index,
 )
 
-from modalities.remote_sensing.heads import LightDecoder, LinearHead, Mask2FormerHead
+from modalities.remote_sensing.heads import LightDecoder, LinearDecoder, Mask2FormerHead
 from modalities.remote_sensing.segmentation import Segmentation, measure
 from shared.adapted import adapt
 from shared.backbone import Features
@@ -176,7 +176,7 @@ def test_evaluation_counts_every_labelled_pixel_of_every_batch_once() -> None:
 
 
 def test_predict_is_the_best_class_in_eval_mode() -> None:
-    segmentation = task(LinearHead((12, 12), 3)).train()
+    segmentation = task(LinearDecoder((12, 12), 3)).train()
     image = torch.randn(2, 3, 20, 28)
     classes = segmentation.predict(image)
     assert classes.shape == (2, 20, 28)
@@ -218,7 +218,7 @@ def test_pictures_show_image_truth_and_prediction() -> None:
 
 @pytest.mark.parametrize("head", ["light", "linear"])
 def test_it_learns(tmp_path: Path, head: str) -> None:
-    segmentation = task() if head == "light" else task(LinearHead((12, 12), 3), Probe())
+    segmentation = task() if head == "light" else task(LinearDecoder((12, 12), 3), Probe())
     untrained = _miou(segmentation)
     found = fit(segmentation, Data(), Engine(epochs=25), tmp_path)
     assert untrained < 0.4
@@ -264,7 +264,7 @@ def test_resumed_is_as_if_never_interrupted(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_holds_no_frozen_weight(tmp_path: Path) -> None:
-    segmentation = task(LinearHead((12, 12), 3), Probe())
+    segmentation = task(LinearDecoder((12, 12), 3), Probe())
     segmentation.model.backbone.register_parameter("ballast", nn.Parameter(torch.zeros(1_000_000), requires_grad=False))
     fit(segmentation, Data(), Engine(epochs=1), tmp_path)
     assert (tmp_path / "checkpoints/last.ckpt").stat().st_size < 40_000
@@ -307,6 +307,6 @@ def test_heads_that_do_not_fit_are_refused() -> None:
     with pytest.raises(RequestError, match="segmentation needs a head"):
         task(nn.Identity())
     with pytest.raises(RequestError, match="the head has 4 classes, the data 3"):
-        task(LinearHead((12, 12), 4))
+        task(LinearDecoder((12, 12), 4))
     with pytest.raises(RequestError, match="head.ignore_index 0: the data use 255"):
-        task(LinearHead((12, 12), 3, ignore_index=0))
+        task(LinearDecoder((12, 12), 3, ignore_index=0))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
+from torchmetrics import MeanMetric, SumMetric
 
 from shared.adapted import Adapted, adapt
 from shared.methods import LoRA
@@ -16,9 +19,10 @@ from shared.training import Optimiser, Task
 
 
 class Points(Dataset):
-    """y = 3 x_0 - x_2."""
+    """y = 3 x_0 - x_2.  noisy: x is disturbed by numbers from Python, NumPy and torch."""
 
-    def __init__(self, count: int, seed: int):
+    def __init__(self, count: int, seed: int, noisy: bool = False):
+        self.noisy = noisy
         self.x = torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
         self.y = 3 * self.x[:, :1] - self.x[:, 2:3]
 
@@ -26,7 +30,8 @@ class Points(Dataset):
         return len(self.x)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"x": self.x[index], "y": self.y[index], "name": f"p{index}"}
+        noise = random.random() + np.random.rand() + torch.rand(4) if self.noisy else 0
+        return {"x": self.x[index] + noise, "y": self.y[index], "name": f"p{index}"}
 
 
 class EpochSampler(Sampler[int]):
@@ -46,10 +51,15 @@ class EpochSampler(Sampler[int]):
 
 
 class Data:
-    """order: from the global random state ("shuffled"), a "generator" of its own, or a "sampler" by epoch."""
+    """order: from the global random state ("shuffled"), a "generator" of its own, or a "sampler" by epoch.
 
-    def __init__(self, order: str = "shuffled", workers: int = 0):
-        self.training, self.checking = Points(20, 1), Points(8, 2)
+    count, checks: samples of training and of validation, which are those of test.
+    """
+
+    def __init__(
+        self, order: str = "shuffled", workers: int = 0, count: int = 20, checks: int = 8, noisy: bool = False
+    ):
+        self.training, self.checking = Points(count, 1, noisy), Points(checks, 2)
         self.order, self.workers = order, workers
 
     def train(self) -> DataLoader:
@@ -81,24 +91,26 @@ class Head(nn.Linear):
 
 
 class Line(Task):
-    """Squared error, and its mean over a split. seen: names of the training samples, batch by batch."""
+    """Squared error, its mean over a split, and how many points that has. seen: names of training samples by batch."""
 
     def __init__(self, model: Adapted, optimiser: Optimiser):
         super().__init__(model, optimiser)
         self.seen: list[list[str]] = []
-        self.errors: list[Tensor] = []
+        self.errors, self.points = MeanMetric(), SumMetric()
 
     def loss(self, batch: Any) -> Tensor:
         self.seen.append(batch["name"])
         return nn.functional.mse_loss(self.model(batch["x"]), batch["y"])
 
     def evaluate(self, batch: Any) -> None:
-        self.errors.append(nn.functional.mse_loss(self.model(batch["x"]), batch["y"]))
+        self.errors.update(nn.functional.mse_loss(self.model(batch["x"]), batch["y"]), len(batch["y"]))
+        self.points.update(len(batch["y"]))
 
     def results(self) -> dict[str, Any]:
-        loss = torch.stack(self.errors).mean().item()
-        self.errors.clear()
-        return {"loss": loss, "points": ["p"], "undefined": None}
+        found = {"loss": self.errors.compute().item(), "points": [int(self.points.compute())], "undefined": None}
+        self.errors.reset()
+        self.points.reset()
+        return found
 
 
 def model(dropout: float = 0.1) -> Adapted:

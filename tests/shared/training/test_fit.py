@@ -23,14 +23,14 @@ def rows_of(output: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def interrupt(task, epoch: int):
-    """Makes ``task`` fail in its second batch of the given epoch (0-based)."""
+def interrupt(task, epoch: int, batch: int = 1):
+    """Makes ``task`` fail in the given epoch and batch (0-based)."""
     plain = task.loss
 
-    def loss(batch):
-        if task.current_epoch == epoch and task.trainer.fit_loop.batch_idx == 1:
+    def loss(samples):
+        if task.current_epoch == epoch and task.trainer.fit_loop.batch_idx == batch:
             raise Interrupted
-        return plain(batch)
+        return plain(samples)
 
     task.loss = loss
     return task
@@ -48,7 +48,7 @@ def test_the_loss_falls_and_the_model_holds_its_best_state(tmp_path: Path) -> No
     assert found["best"]["value"] == pytest.approx(min(checked), rel=1e-5)
     assert found["best"]["epoch"] == checked.index(min(checked)) + 1
     assert found["test"]["loss"] == pytest.approx(min(checked), rel=1e-5)  # the test split is the validation split
-    assert found["test"]["points"] == ["p"]
+    assert found["test"]["points"] == [8]
     assert (found["epochs"], found["steps"]) == (30, 150)
 
 
@@ -137,8 +137,6 @@ def test_steps_end_a_run_within_an_epoch_and_a_check_is_made_there(tmp_path: Pat
     rows = rows_of(tmp_path)
     assert [int(row["step"]) for row in rows if row["validation/loss"]] == [4, 6]
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 7
-    longer = fit(line(), Data(), Engine(steps=13), tmp_path, resume=True)
-    assert longer["steps"] == 13
 
 
 def test_checks_are_spaced_and_one_is_made_at_the_end(tmp_path: Path) -> None:
@@ -257,13 +255,28 @@ def test_a_tensor_that_never_trains_is_an_error(tmp_path: Path) -> None:
 def test_extra_losses_and_steps_reach_the_model(tmp_path: Path) -> None:
     task = line()
     steps: list[int] = []
-    task.model.step = steps.append  # type: ignore[method-assign]
+    task.model.step = lambda number, seed: steps.append(number)  # type: ignore[method-assign]
     weight = task.model.trainable()["head.weight"]
     task.model.penalty = lambda: (1000 * (weight - 1).square()).sum()  # type: ignore[method-assign]
     fit(task, Data(), Engine(epochs=6), tmp_path)
     assert steps == list(range(30))
     moved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["state_dict"]["head.weight"]
     assert moved.min() > 0.03  # every weight went towards 1
+
+
+def test_a_run_prepares_once_with_all_training_batches(tmp_path: Path) -> None:
+    seen: list[tuple[int, float]] = []
+
+    def prepare(batches, loss):
+        losses = [float(loss(batch).detach()) for batch in batches]
+        seen.append((len(losses), sum(losses)))
+
+    for epochs, resume in ((2, False), (4, True)):
+        task = line()
+        task.model.prepare = prepare  # type: ignore[method-assign]
+        fit(task, Data(), Engine(epochs=epochs), tmp_path, resume=resume)
+    assert [count for count, _ in seen] == [5]
+    assert seen[0][1] > 0
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64"])

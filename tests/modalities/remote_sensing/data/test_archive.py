@@ -88,7 +88,7 @@ def test_batches_are_normalised_and_the_evaluated_ones_fixed(tmp_path, photograp
 @pytest.mark.parametrize(
     ("change", "arguments", "says"),
     [
-        ({"a red/r00.jpg": b"not a photograph"}, {}, "a red/r00.jpg: not a readable JPEG or PNG photograph"),
+        ({"a red/r00.jpg": b"not a photograph"}, {}, "a red/r00.jpg: not a readable PNG, JPEG, TIFF or WebP image"),
         ({"a red/r00.jpg": jpeg((9, 9, 9))[:-300]}, {}, "a red/r00.jpg: not a readable"),
         ({"a red/r00.jpg": b""}, {}, "a red/r00.jpg: not a readable"),
         ({"a red/r05.jpg": jpeg((9, 9, 9), 48)}, {}, r"a red/r05.jpg has \(48, 48\) pixels"),

@@ -53,7 +53,7 @@ def numbers(path: Path) -> None:
 # what happens to a good raster, the source and target asked for, the message
 SOURCES = {
     "missing": (lambda path: path.unlink(), "in.tif", "in.tif: no such file"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "in.tif", "in.tif: no such file"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "in.tif", "in.tif: a folder, not a file"),
     "empty": (lambda path: path.write_bytes(b""), "in.tif", r"in.tif: empty \(0 bytes\)"),
     "text": (lambda path: path.write_text("hello"), "in.tif", "in.tif: damaged, or not GTiff"),
     "truncated": (truncated, "in.tif", "in.tif: damaged, or not GTiff"),

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from modalities.images.backbones.inputs import library
 from shared.errors import RequestError
+from shared.store import check_readable
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -46,8 +46,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
     damaged, or holds a number that is not finite. Nothing is unpickled but tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        raise RequestError(f"checkpoint {path}: no such file")
+    check_readable(path)
     return clean(_tensors(path), f"checkpoint {path}")
 
 
@@ -135,15 +134,3 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], name: str, source: str) 
 
 def _first(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def fit_bands(kernel: Tensor, bands: int, source: str) -> Tensor:
-    """An RGB patch kernel (C, 3, h, w) for another number of bands, as timm does: repeated and scaled by 3 / bands.
-
-    Raises RequestError where the kernel has neither 3 nor ``bands`` input bands.
-    """
-    if kernel.shape[1] == bands:
-        return kernel
-    if kernel.shape[1] != 3:
-        raise RequestError(f"{source}: its patch kernel takes {kernel.shape[1]} bands, the backbone {bands}")
-    return library("timm.models").adapt_input_conv(bands, kernel)

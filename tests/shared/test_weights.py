@@ -6,13 +6,10 @@ import os
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from modalities.images.backbones import weights
-from modalities.images.backbones.inputs import evenly_spaced
+from shared import weights
 from shared.errors import RequestError
 
 
@@ -66,7 +63,7 @@ def test_what_is_no_state_dict_is_refused(content, tmp_path):
 
 def test_missing_and_foreign_files_are_refused(tmp_path):
     assert "no such file" in refused(tmp_path / "none.pth")
-    assert "no such file" in refused(tmp_path)
+    assert "a folder, not a file" in refused(tmp_path)
     (tmp_path / "x.npz").write_bytes(b"PK")
     assert ".safetensors" in refused(tmp_path / "x.npz")
 
@@ -104,13 +101,3 @@ def test_a_seed_gives_the_same_weights_and_keeps_the_random_state():
     assert torch.equal(first.weight, second.weight)
     with torch.device("meta"):
         assert weights.build(lambda: nn.Linear(4, 4), 7).weight.is_meta
-
-
-@given(st.integers(1, 80), st.integers(1, 8))
-def test_depths_rise_evenly_to_the_last_block(total, count):
-    depths = evenly_spaced(total, count)
-    assert len(depths) == min(count, total)
-    assert depths[-1] == total - 1
-    steps = [b - a for a, b in zip((-1, *depths), depths, strict=False)]
-    assert min(steps) >= 1
-    assert max(steps) - min(steps) <= 1

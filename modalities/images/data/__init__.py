@@ -1,0 +1,11 @@
+"""Labelled images for classification, read from folders or a table, or generated; and how an image is read."""
+
+from modalities.images.data.classified import ClassifiedImages as ClassifiedImages
+from modalities.images.data.files import SUFFIXES as SUFFIXES
+from modalities.images.data.files import read_image as read_image
+from modalities.images.data.folders import ImageFolders as ImageFolders
+from modalities.images.data.generated import GeneratedImages as GeneratedImages
+from modalities.images.data.samples import Preparation as Preparation
+from modalities.images.data.statistics import Moments as Moments
+from modalities.images.data.statistics import Normalisation as Normalisation
+from modalities.images.data.statistics import given as given

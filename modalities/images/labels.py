@@ -1,0 +1,84 @@
+"""Labels for image files: a table with the class and the probabilities of each."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modalities.images.data import SUFFIXES, Preparation, read_image
+from modalities.images.data.listing import images_below
+from shared.errors import RequestError, WorkError
+from shared.store import write_atomically
+
+TABLE = "predictions.csv"
+BATCH = 16
+
+
+def label_files(
+    predict: Callable[[Tensor], Tensor], classes: Sequence[str], preparation: Preparation, inputs: Sequence[Path],
+    output: Path, *, overwrite: bool = False,
+) -> None:  # fmt: skip
+    """Classify every image of ``inputs`` (files, and folders with their subfolders) and write the table.
+
+    predict: images (B, bands, size, size) to class probabilities (B, classes).
+    output: a .csv file, or a folder in which ``predictions.csv`` is written. Its columns are file, label and
+    ``p/<class>`` for each class.
+
+    Raises RequestError before anything is read where the output is there already, unless ``overwrite``, or there is no
+    image. A single image that cannot be read raises; of several, the others are written, and a WorkError names those.
+    """
+    table = output if output.suffix.lower() == ".csv" else output / TABLE
+    files = _files(inputs)
+    if output.is_file() and output != table:
+        raise RequestError(f"{output}: a table of labels is a .csv file, or goes into a folder")
+    if table.exists() and not overwrite:
+        raise RequestError(f"{table} exists already; --overwrite replaces it")
+    rows: list[list[str]] = []
+    failed: list[Path] = []
+    for batch in (files[start : start + BATCH] for start in range(0, len(files), BATCH)):
+        read = list(_read(batch, preparation, failed, alone=len(files) == 1))
+        if read:
+            scores = predict(torch.stack([image for _, image in read])).cpu()
+            rows += [_row(file, score, classes) for (file, _), score in zip(read, scores, strict=True)]
+    if not rows:
+        raise WorkError(f"none of the {len(files)} images can be read")
+    table.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([["file", "label", *(f"p/{name}" for name in classes)], *rows])
+    write_atomically(table, text.getvalue().encode(errors="surrogateescape"))  # names that are no UTF-8, as they are
+    print(f"{table}: {len(rows)} images")
+    if failed:
+        raise WorkError(f"{len(failed)} of {len(files)} images failed: {', '.join(map(str, failed))}")
+
+
+def _files(inputs: Sequence[Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in inputs:
+        found = images_below(path) if path.is_dir() else [path]
+        if not found:
+            raise RequestError(f"{path}: holds no image ({', '.join(SUFFIXES)})")
+        files += found
+    return list(dict.fromkeys(files))
+
+
+def _read(
+    files: Sequence[Path], preparation: Preparation, failed: list[Path], alone: bool
+) -> Iterator[tuple[Path, Tensor]]:
+    for file in files:
+        try:
+            yield file, preparation.normalised(preparation.square(read_image(file, bands=preparation.bands)))
+        except RequestError as error:
+            if alone:
+                raise
+            print(f"omniadapt: {error}", file=sys.stderr)
+            failed.append(file)
+
+
+def _row(file: Path, score: Tensor, classes: Sequence[str]) -> list[str]:
+    return [file.as_posix(), classes[int(score.argmax())], *(f"{value:.6f}" for value in score.tolist())]

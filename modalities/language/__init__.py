@@ -1,0 +1,1 @@
+"""language: see the files of this folder."""

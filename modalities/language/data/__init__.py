@@ -1,0 +1,8 @@
+"""Texts with a class each, from files or generated; and running text for language modelling."""
+
+from modalities.language.data.corpus import GeneratedCorpus as GeneratedCorpus
+from modalities.language.data.corpus import TextCorpus as TextCorpus
+from modalities.language.data.files import TextFiles as TextFiles
+from modalities.language.data.generated import GeneratedText as GeneratedText
+from modalities.language.data.texts import Sample as Sample
+from modalities.language.data.texts import Texts as Texts

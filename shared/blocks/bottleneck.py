@@ -1,0 +1,64 @@
+"""The bottleneck: the small module that most additive adapters put somewhere (Houlsby et al., 2019)."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn, ones
+
+from shared.errors import RequestError
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "swish": F.silu,
+    "tanh": F.tanh,
+    "sigmoid": F.sigmoid,
+    "none": lambda x: x,
+}
+Start = Literal["zero", "normal"]
+
+
+class Bottleneck(nn.Module):
+    """``scale * up(act(down(dropout(x))))``: x (..., inputs) to (..., outputs), in float32 whatever flows.
+
+    width: channels inside.  scale: a number, or "learned" (a scalar that starts at 1).
+    start: "zero" (down Kaiming-uniform with a = sqrt 5, up zero: adds nothing at first; He et al., 2022) or "normal"
+    (both normal with deviation 0.02, biases zero).
+
+    Raises RequestError where the width is below 1 or the activation unknown.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, width: int, *, activation: str = "relu", bias: bool = True,
+        dropout: float = 0.0, start: Start = "zero", scale: float | Literal["learned"] = 1.0, where: str = "adapter",
+    ):  # fmt: skip
+        super().__init__()
+        if width < 1:
+            raise RequestError(f"bottleneck width {width} at {where}: use at least 1")
+        if activation not in ACTIVATIONS:
+            raise RequestError(f"activation {activation!r} at {where}: use one of {', '.join(ACTIVATIONS)}")
+        self.activation, self.dropout = activation, float(dropout)
+        self.down = nn.Linear(inputs, width, bias=bias)
+        self.up = nn.Linear(width, outputs, bias=bias)
+        self.scale = nn.Parameter(ones(())) if scale == "learned" else float(scale)
+        self._start(start)
+
+    def _start(self, start: Start) -> None:
+        for layer in (self.down, self.up):
+            nn.init.normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        if start == "zero":
+            nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+            nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(x, self.dropout, self.training).to(self.down.weight.dtype)
+        return (self.up(ACTIVATIONS[self.activation](self.down(h))) * self.scale).to(x.dtype)

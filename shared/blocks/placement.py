@@ -1,0 +1,95 @@
+"""Where a small module stands to the frozen one it adapts: before it, after it, or beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared.adapter import Adapter
+from shared.errors import RequestError
+from shared.sites import Site, Sites
+
+
+class Before(Adapter):
+    """``base(x + branch(x))``: series, on the input."""
+
+    def __init__(self, branch: nn.Module):
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        x, rest, kwargs = take(args, kwargs)
+        return base(x + self.branch(x), *rest, **kwargs)
+
+
+class After(Adapter):
+    """``y + branch(y)`` with ``y = base(x)``: series, on the output (its rows of a fused projection)."""
+
+    def __init__(self, branch: nn.Module, rows: tuple[int, int] | None = None):
+        super().__init__()
+        self.branch, self.rows = branch, rows
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return on_output(base(*args, **kwargs), lambda y: add_rows(y, self.branch(_rows(y, self.rows)), self.rows))
+
+
+class Beside(Adapter):
+    """``base(x) + branch(x)``: parallel (to its rows of a fused projection)."""
+
+    def __init__(self, branch: nn.Module, rows: tuple[int, int] | None = None):
+        super().__init__()
+        self.branch, self.rows = branch, rows
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        x, _, _ = take(args, kwargs)
+        return on_output(base(*args, **kwargs), lambda y: add_rows(y, self.branch(x), self.rows))
+
+
+def take(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:
+    """The tensor a module is called with, then the other arguments: transformers passes some by name."""
+    if args:
+        return args[0], args[1:], kwargs
+    name = next((n for n in ("hidden_states", "input", "x", "query") if n in kwargs), None)
+    if name is None:
+        raise RequestError(f"the adapted module is called with {', '.join(kwargs) or 'nothing'}: no input to adapt")
+    return kwargs[name], (), {n: v for n, v in kwargs.items() if n != name}
+
+
+def on_output(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``change`` of the output, or of the first part where it is a tuple (attention also gives weights, caches)."""
+    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+
+def add_rows(y: Tensor, change: Tensor, rows: tuple[int, int] | None) -> Tensor:
+    """``y`` (..., O) plus ``change`` on all of the last axis or on the range ``rows``."""
+    if rows is None:
+        return y + change
+    left, middle, right = y.tensor_split(rows, dim=-1)
+    return torch.cat([left, middle + change, right], dim=-1)
+
+
+def _rows(y: Tensor, rows: tuple[int, int] | None) -> Tensor:
+    return y if rows is None else y[..., rows[0] : rows[1]]
+
+
+def sublayers(sites: Sites, depth: Any = "all", which: tuple[str, ...] = ("attention", "mlp")) -> Sites:
+    """The modules whose output each sub-layer adds to the stream: its last projection, where that is called.
+
+    ``nn.MultiheadAttention`` reads its output projection without calling it: there the attention itself stands in.
+    """
+    found: list[Site] = []
+    for name in which:
+        last = {"attention": "attention.output", "mlp": "mlp.down"}[name]
+        found += [site if _called(site) else _whole(sites, name, site) for site in sites.select(last, depth)]
+    return Sites(found, sites.owner)
+
+
+def _called(site: Site) -> bool:
+    return not isinstance(site.module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def _whole(sites: Sites, role: str, part: Site) -> Site:
+    return next(s for s in sites if s.role == role and s.depth == part.depth and part.path.startswith(s.path))

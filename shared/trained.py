@@ -1,0 +1,73 @@
+"""What trains in an adapted model: its parameters by name and role, and their state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared.errors import RequestError
+
+
+def parameters(model: Any) -> dict[str, nn.Parameter]:
+    """``adapter.<name>.<site>.<tensor>``, ``head.<tensor>``, ``backbone.<tensor>``: those that take gradients."""
+    found = {f"adapter.{n}": p for n, p in model.bank.named_parameters() if n.partition(".")[0] in model.active}
+    if model.head is not None:
+        found |= {f"head.{n}": p for n, p in model.head.named_parameters()}
+    found |= {f"backbone.{n}": p for n, p in model.backbone.named_parameters()}
+    return {n: p for n, p in found.items() if p.requires_grad}
+
+
+def groups(model: Any) -> list[dict[str, Any]]:
+    """The parameters by role."""
+    roles: dict[str, dict[str, Any]] = {}
+    for name, parameter in parameters(model).items():
+        role = name.partition(".")[0]
+        group = roles.setdefault(role, {"role": role, "names": [], "params": []})
+        group["names"].append(name)
+        group["params"].append(parameter)
+    return list(roles.values())
+
+
+def count(model: Any) -> dict[str, int]:
+    """Numbers of parameters: trainable, of them adapter and head, and frozen."""
+    sizes = {group["role"]: sum(p.numel() for p in group["params"]) for group in groups(model)}
+    frozen = sum(p.numel() for p in model.backbone.parameters() if not p.requires_grad)
+    adapter, head = sizes.get("adapter", 0), sizes.get("head", 0)
+    return {"trainable": sum(sizes.values()), "adapter": adapter, "head": head, "frozen": frozen}
+
+
+def state(model: Any) -> dict[str, Tensor]:
+    """Trained tensors and the buffers of active adapters and head."""
+    found: dict[str, Tensor] = {n: p.detach() for n, p in parameters(model).items()}
+    found |= {f"adapter.{n}": b for n, b in model.bank.named_buffers() if n.partition(".")[0] in model.active}
+    if model.head is not None:
+        found |= {f"head.{n}": b for n, b in model.head.named_buffers()}
+    if any(n.startswith("backbone.") for n in found):
+        found |= {f"backbone.{n}": b for n, b in model.backbone.named_buffers()}
+    return found
+
+
+def load(model: Any, given: Mapping[str, Tensor], source: str) -> None:
+    """Copy tensors in, all or none.
+
+    Raises RequestError that says how many fit where a name is missing or unknown, or a shape is another.
+    """
+    mine = state(model)
+    missing, extra = sorted(mine.keys() - given.keys()), sorted(given.keys() - mine.keys())
+    shapes = [n for n in mine if n in given and mine[n].shape != given[n].shape]
+    if missing or extra or shapes or not given:
+        problems = [
+            f"{len(v)} {what} (first: {v[0]})"
+            for what, v in (("missing", missing), ("unexpected", extra), ("of another shape", shapes))
+            if v
+        ]
+        used = len(given) - len(extra) - len(shapes)
+        raise RequestError(
+            f"{source}: {used} of its {len(given)} tensors fit this model; {', '.join(problems) or 'it is empty'}"
+        )
+    with torch.no_grad():
+        for name, tensor in given.items():
+            mine[name].copy_(tensor)

@@ -1,0 +1,3 @@
+"""AdaptFormer beside MLPs."""
+
+HOSTS = {"vit": {"width": 5, "dropout": 0.0}, "clip": {"width": 5, "dropout": 0.0}}

@@ -1,0 +1,1 @@
+ABSENT = "attaches nothing: tests/shared/methods/test_probe_and_full.py"

@@ -1,0 +1,3 @@
+"""(IA)^3 on attention and MLP."""
+
+HOSTS = {"vit": {}, "clip": {}, "attention": {"roles": ("attention.key", "attention.value")}}

@@ -1,0 +1,3 @@
+"""Norm tuning wherever there are norms."""
+
+HOSTS = {"vit": {}, "clip": {}, "encoder": {}}

@@ -1,0 +1,8 @@
+"""Parallel adapters of LLM-Adapters: refusing to merge unless linear."""
+
+HOSTS = {
+    "vit": {"width": 5, "start": "zero"},
+    "clip": {"width": 5, "start": "zero", "roles": ("mlp.up", "mlp.down"), "scale": "learned"},
+    "llama": {"width": 5, "roles": ("linear",), "start": "zero"},
+}
+EXCLUDED = dict.fromkeys(("folded_separate_merged", "unmerge_exact"), "only the linear form merges: tested apart")

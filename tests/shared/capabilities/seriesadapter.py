@@ -1,0 +1,7 @@
+"""Series adapters of LLM-Adapters."""
+
+HOSTS = {
+    "vit": {"width": 5, "start": "zero"},
+    "clip": {"width": 5, "scale": "learned", "start": "zero"},
+    "llama": {"width": 5, "roles": ("linear",), "start": "zero"},
+}

@@ -1,0 +1,3 @@
+"""SSF on everything that has a weight."""
+
+HOSTS = {"vit": {}, "clip": {}, "attention": {}, "encoder": {}, "convolutions": {}, "llama": {}}
