@@ -3,6 +3,6 @@
 HOSTS = {
     "vit": {"width": 5, "start": "zero"},
     "clip": {"width": 5, "start": "zero", "roles": ("mlp.up", "mlp.down"), "scale": "learned"},
-    "llama": {"width": 5, "roles": ("linear",), "start": "zero"},
+    "llama": {"width": 5, "roles": ("attention.value", "mlp.up", "mlp.down"), "start": "zero"},
 }
 EXCLUDED = dict.fromkeys(("folded_separate_merged", "unmerge_exact"), "only the linear form merges: tested apart")
