@@ -28,9 +28,14 @@ class Backbone(nn.Module):
     """A frozen model with a name and described sites. Subclasses give ``sites`` and ``forward``.
 
     name: what an adapter file records.  context: what one call tells the adapters (see ``shared.context``).
+    keys: (blocks, channels of the keys of one) where it takes ``context.prefix`` (n, blocks, 2, channels), keys and
+    values that its attentions see in front of the tokens' own; None where it takes none.
+    prompted: whether it takes ``context.prompt`` (n, width): tokens in front of its own, which its output has not.
     """
 
     name: str
+    keys: tuple[int, int] | None = None
+    prompted: bool = False
 
     def __init__(self, name: str):
         super().__init__()

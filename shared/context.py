@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 
 class Context:
@@ -23,6 +28,20 @@ class Context:
         raise AttributeError(
             f"the context of this call holds no {name!r} (it holds {known}): whoever provides it did not run"
         )
+
+    @contextmanager
+    def behind(self, name: str, tokens: Tensor) -> Iterator[None]:
+        """Within the block ``name`` holds what it held, with ``tokens`` (n, ...) behind it."""
+        told = vars(self)
+        outer = told.get(name)
+        told[name] = tokens if outer is None else torch.cat([outer, tokens.to(outer)])
+        try:
+            yield
+        finally:
+            if outer is None:
+                del told[name]
+            else:
+                told[name] = outer
 
     def clear(self) -> None:
         self.__dict__.clear()

@@ -8,6 +8,7 @@ from shared.methods.llm_adapters import ParallelAdapter as ParallelAdapter
 from shared.methods.llm_adapters import SeriesAdapter as SeriesAdapter
 from shared.methods.lora import LoRA as LoRA
 from shared.methods.norm_tuning import NormTuning as NormTuning
+from shared.methods.prefix import Prefix as Prefix
 from shared.methods.probe import Probe as Probe
 from shared.methods.prompts import Prompt as Prompt
 from shared.methods.ssf import SSF as SSF

@@ -40,12 +40,24 @@ class PromptTokens(Adapter):
         return on_output(base(torch.cat([x[:, :front], tokens, x[:, front:]], dim=1), *rest, **kwargs), without)
 
 
+class PromptInFront(Adapter):
+    """At a backbone that puts ``context.prompt`` in front of its tokens (see ``Backbone.prompted``). tokens: (n, C)."""
+
+    def __init__(self, tokens: Tensor):
+        super().__init__()
+        self.tokens = nn.Parameter(tokens)
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.context.behind("prompt", self.tokens):
+            return base(*args, **kwargs)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prompt(Method):
     """Trained tokens in every block ("deep") or only into the first, going through all others ("shallow").
 
-    For blocks that see all tokens at once (vision transformers); not the identity at the start, since attention shares
-    its weight with the new tokens. Language models take ``Prefix``.
+    Not the identity at the start, since attention shares its weight with the new tokens. On language models (prompt
+    tuning) only into the first; their deep form is ``Prefix``.
     count: tokens (paper: 1 to 200, 50 typical).  deep: new tokens for every block (paper: the better form).
     depth: which blocks; those of a shallow prompt must follow each other.
     """
@@ -64,6 +76,11 @@ class Prompt(Method):
             raise RequestError(f"Prompt count {self.count}: use at least 1 token")
 
     def sites(self, sites: Sites) -> Sites:
+        whole = [s for s in sites if s.role == "model" and getattr(s.module, "prompted", False)]
+        if whole:
+            if self.deep or self.depth != "all":
+                raise RequestError(f"Prompt on {sites.owner}: use deep=False and all blocks, or Prefix for every block")
+            return Sites(whole, sites.owner)
         chosen = sites.select("block", self.depth)
         if wrong := [site for site in chosen if site.layout != "BNC"]:
             raise RequestError(f"site {wrong[0].key} has layout {wrong[0].layout}: prompts go between tokens (BNC)")
@@ -72,7 +89,9 @@ class Prompt(Method):
             raise RequestError(f"a shallow prompt goes through consecutive blocks, not {depths}")
         return chosen
 
-    def build_all(self, sites: Sites) -> dict[str, PromptTokens]:
+    def build_all(self, sites: Sites) -> dict[str, PromptTokens | PromptInFront]:
+        if sites[0].role == "model":
+            return {site.key: PromptInFront(self._tokens(site)) for site in sites}
         return {
             site.key: PromptTokens(self._tokens(site) if self.deep or not i else None, site.prefix)
             for i, site in enumerate(sites)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -104,14 +105,46 @@ class TransformersText(Backbone):
         self.config, self.vocabulary = settings, settings.vocab_size
         self.width = getattr(settings, "word_embed_proj_dim", settings.hidden_size)
         self.channels = (self.width,)
+        self.keys, self.prompted = (settings.num_hidden_layers, math.prod(self._heads)), True
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Hidden:
         """tokens int64 (B, N) and mask bool (B, N), true at tokens (None: all are), to states (B, N, C)."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         self.context.tokens, self.context.token_mask = tokens, mask
-        options = {"use_cache": False} if self.causal else {}
-        output = self.model(input_ids=tokens, attention_mask=mask.long(), **options)
-        return Hidden(output.last_hidden_state, mask, output.get("pooler_output"))
+        given: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
+        told = vars(self.context)
+        prompt, prefix = told.get("prompt"), told.get("prefix")
+        if prompt is not None:
+            words = self.model.get_input_embeddings()(given.pop("input_ids"))
+            given["inputs_embeds"] = torch.cat([prompt.to(words).expand(len(words), -1, -1), words], 1)
+        if prefix is not None:
+            given |= {"past_key_values": self._cache(prefix, len(tokens))} | (
+                {"use_cache": True} if self.causal else {}
+            )
+        front = sum(len(part) for part in (prompt, prefix) if part is not None)
+        whole = torch.cat([mask.new_ones(len(mask), front), mask], 1) if front else mask
+        output = self.model(attention_mask=whole.long(), **given)
+        states, pooled = output.last_hidden_state[:, -tokens.shape[1] :], output.get("pooler_output")
+        if prompt is not None and pooled is not None:  # the library's is of the first token, which is the prompt's
+            pooled = self.model.pooler(states)
+        return Hidden(states, mask, pooled)
+
+    @property
+    def _heads(self) -> tuple[int, int]:
+        """Heads of the keys, and the channels of one."""
+        settings = self.config
+        heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
+        return heads, getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+
+    def _cache(self, prefix: Tensor, batch: int) -> Any:
+        """The library's cache of past keys and values, filled with a prefix (n, blocks, 2, channels)."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        past = prefix.to(next(self.model.parameters()).dtype).unflatten(3, self._heads).permute(1, 2, 3, 0, 4)
+        for depth, (keys, values) in enumerate(past):
+            cache.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), depth)
+        return cache
 
     def logits(self, states: Tensor) -> Tensor:
         """states (..., C) to scores of every token (..., vocabulary). Raises RequestError without ``lm_head``."""
