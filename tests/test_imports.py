@@ -11,7 +11,7 @@ import sys
 import pytest
 
 HEAVY = (
-    "timm", "open_clip", "diffusers", "transformers", "lightning", "torchmetrics", "torchvision", "rasterio",
+    "timm", "open_clip", "diffusers", "transformers", "tokenizers", "lightning", "torchmetrics", "torchvision", "rasterio",
     "matplotlib", "PIL", "scipy", "pydantic", "yaml", "rich",
 )  # fmt: skip
 EVERYTHING_OF_SHARED = "import shared\nfor name in shared.__all__: getattr(shared, name)"

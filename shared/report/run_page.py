@@ -12,7 +12,7 @@ from shared.recipe import Recipe
 from shared.report import page, plots
 
 _FIRST = ("loss", "miou", "iou", "accuracy", "macro_f1", "f1")  # charts in this order, others behind
-_SPELLED = {"miou": "mIoU", "iou": "IoU", "oa": "overall accuracy", "f1": "F1"}
+_SPELLED = {"miou": "mIoU", "iou": "IoU", "oa": "overall accuracy", "f1": "F1", "macro_f1": "macro F1"}
 
 
 def write_run_page(folder: Path, recipe: Recipe, found: Mapping[str, Any], pictures: plots.Pictures | None) -> None:

@@ -161,7 +161,9 @@ def _configuration(name: str, repository: str | None, checkpoint: str | None, ch
             return _changed(functools.partial(AutoConfig.from_pretrained, place), {}, changes, name)
     except OSError as error:
         raise RequestError(f"{folder or name}: its configuration cannot be read ({_line(error)})") from error
-    except REFUSALS as error:
+    except RequestError:
+        raise
+    except Exception as error:  # it has a kind of its own for a setting that does not validate
         raise RequestError(f"{name}: transformers refuses this configuration: {_line(error)}") from error
 
 
