@@ -47,6 +47,7 @@ class TransformersText(Backbone):
     (B * N, C) (tag "flat").
 
     causal: whether a token sees none after it.  width: channels of the states.  vocabulary: number of tokens.
+    longest: tokens a text may have, None where nothing bounds it.
     family: how the library names the parts.  lm_head: the model's own language-modelling head, None if not asked for.
     """
 
@@ -107,6 +108,9 @@ class TransformersText(Backbone):
         self.config, self.vocabulary = settings, settings.vocab_size
         self.width = getattr(settings, "word_embed_proj_dim", settings.hidden_size)
         self.channels = (self.width,)
+        positions = getattr(settings, "max_position_embeddings", None)
+        # RoBERTa counts positions from the one after the padding token's index.
+        self.longest = positions - settings.pad_token_id - 1 if positions and self.family.padded else positions
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Hidden:
         """tokens int64 (B, N) and mask bool (B, N), true at tokens (None: all are), to states (B, N, C)."""

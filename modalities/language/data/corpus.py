@@ -38,6 +38,7 @@ class Corpus:
         if length < 1 or batch_size < 1 or seed < 0:
             raise RequestError(f"length {length}, batch_size {batch_size} and seed {seed}: at least 1, 1 and 0")
         self.length, self.batch_size, self.seed, self.documents = length, batch_size, seed, documents
+        self.max_length = length + 1
         self.tokens = t.train(documents["train"], vocabulary) if tokenizer is None else t.Tokens(tokenizer)
         self.vocabulary = self.tokens.size
         self.streams = {part: self._stream(part) for part in SPLITS}
@@ -174,7 +175,8 @@ def shared_out(texts: Sequence[str], validation: float, test: float, seed: int) 
         raise RequestError(f"validation {validation} and test {test}: fractions above 0, together below 1")
     distinct = sorted(set(texts))
     random.Random(seed).shuffle(distinct)
-    total, parts, home = sum(map(len, texts)), dict.fromkeys(SPLITS, 0), {}
+    total, home = sum(map(len, texts)), dict[str, str]()
+    parts: dict[str, int] = dict.fromkeys(SPLITS, 0)
     for text in distinct:
         short = [p for p, share in (("test", test), ("validation", validation)) if parts[p] < share * total]
         home[text] = short[0] if short else "train"

@@ -136,6 +136,7 @@ def test_parts_that_do_not_fit_are_one_line():
     for make, message in [
         (lambda: TextClassification(wrong, data, Optimiser()), "has 260 tokens, llama knows 100"),
         (lambda: TextClassification(wrong, SimpleNamespace(classes="ab"), Optimiser()), "4 classes, the data 2"),
+        (lambda: classifier(data=GeneratedText(count=160, tokenizer="bytes", max_length=129)), "llama takes 128"),
         (lambda: TextClassification(adapt(nn.Linear(2, 2), Probe()), data, Optimiser()), "needs a head"),
         (lambda: LanguageModelling(classifier()[0].model, data, Optimiser()), "backbone.lm_head=true"),
     ]:
