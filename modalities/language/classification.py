@@ -35,7 +35,7 @@ class TextClassification(Task):
             raise RequestError("text classification needs a head: TextHead")
         if head.classes != len(self.classes):  # type: ignore[union-attr]
             raise RequestError(f"the head has {head.classes} classes, the data {len(self.classes)}")  # type: ignore[union-attr]
-        check_vocabulary(model, data)
+        check_fit(model, data)
         self.confusion = MulticlassConfusionMatrix(len(self.classes), validate_args=False)
         self.mean_loss = MeanMetric(nan_strategy="error")
 
@@ -87,8 +87,8 @@ class TextClassification(Task):
         classify_files(scores, self.classes, described["reading"], inputs, output, **options)
 
 
-def check_vocabulary(model: Adapted, data: Any) -> None:
-    """Raises RequestError where the model is none of language, or the data's tokenizer has tokens it does not know."""
+def check_fit(model: Adapted, data: Any) -> None:
+    """Raises RequestError where the model is none of language, or the data's tokens or texts are too many for it."""
     backbone = model.backbone
     if not isinstance(backbone, TransformersText):
         raise RequestError("a language task needs a language backbone: TransformersText or SmallLM")
@@ -97,6 +97,11 @@ def check_vocabulary(model: Adapted, data: Any) -> None:
         raise RequestError(
             f"data.tokenizer has {known} tokens, {backbone.name} knows {backbone.vocabulary}: use the tokenizer that "
             "belongs to the backbone"
+        )
+    if backbone.longest is not None and getattr(data, "max_length", 0) > backbone.longest:
+        raise RequestError(
+            f"the data give texts of up to {data.max_length} tokens, {backbone.name} takes {backbone.longest}: lower "
+            "data.max_length or data.length"
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import SumMetric
 
 from modalities.language.backbones import TransformersText
-from modalities.language.classification import check_vocabulary
+from modalities.language.classification import check_fit
 from shared.adapted import Adapted
 from shared.errors import RequestError
 from shared.training.optimiser import Optimiser
@@ -34,7 +34,7 @@ class LanguageModelling(Task):
 
     def __init__(self, model: Adapted, data: Any, optimiser: Optimiser):
         super().__init__(model, optimiser)
-        check_vocabulary(model, data)
+        check_fit(model, data)
         backbone: TransformersText = model.backbone  # type: ignore[assignment]
         if backbone.lm_head is None or not backbone.causal:
             what = "is no causal model" if not backbone.causal else "was built without its head: backbone.lm_head=true"

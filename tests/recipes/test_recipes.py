@@ -11,7 +11,7 @@ from shared import cli, recipe
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 NAMES = recipe.names()
-AT_LEAST = {"quickstart", "remote_sensing/cloud_adapter", "remote_sensing/landsat_biome"}
+AT_LEAST = {"quickstart", "remote_sensing/cloud_adapter", "remote_sensing/landsat_biome", "language/quickstart_text"}
 
 
 def test_the_recipes_found_are_the_files_there_are():

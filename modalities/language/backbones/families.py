@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,7 @@ class Family:
     attention, mlp: the modules of a block, None where there is no such module.  parts: path by role.
     residual: roles whose module adds the residual, and where it has one after it the norm, within its own forward.
     flat: the MLP sees (batch * tokens, width), not (batch, tokens, width).  causal: a token sees none after it.
-    padded: tokens of padding decide positions too, so they have to be the padding token.
+    padded: positions are counted from the padding token's index on, and padding has to be that token.
     """
 
     blocks: str
@@ -32,6 +32,7 @@ class Family:
     residual: tuple[str, ...] = ()
     flat: bool = False
     causal: bool = True
+    padded: bool = False
 
 
 def _projections(attention: str, query: str, key: str, value: str, output: str) -> dict[str, str]:
@@ -69,8 +70,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _LLAMA,
     "gemma": _LLAMA,
     "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
+    "roberta": replace(_BERT, padded=True),
+    "xlm-roberta": replace(_BERT, padded=True),
     "bloom": Family(
         blocks="h",
         embeddings={"tokens": "word_embeddings"},

@@ -45,6 +45,7 @@ class TransformersText(Backbone):
     (B * N, C) (tag "flat").
 
     causal: whether a token sees none after it.  width: channels of the states.  vocabulary: number of tokens.
+    longest: tokens a text may have, None where nothing bounds it.
     family: how the library names the parts.  lm_head: the model's own language-modelling head, None if not asked for.
     """
 
@@ -106,6 +107,9 @@ class TransformersText(Backbone):
         self.width = getattr(settings, "word_embed_proj_dim", settings.hidden_size)
         self.channels = (self.width,)
         self.keys, self.prompted = (settings.num_hidden_layers, math.prod(self._heads)), True
+        positions = getattr(settings, "max_position_embeddings", None)
+        # RoBERTa counts positions from the one after the padding token's index.
+        self.longest = positions - settings.pad_token_id - 1 if positions and self.family.padded else positions
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Hidden:
         """tokens int64 (B, N) and mask bool (B, N), true at tokens (None: all are), to states (B, N, C)."""
@@ -118,10 +122,11 @@ class TransformersText(Backbone):
             words = self.model.get_input_embeddings()(given.pop("input_ids"))
             given["inputs_embeds"] = torch.cat([prompt.to(words).expand(len(words), -1, -1), words], 1)
         if prefix is not None:
-            given |= {"past_key_values": self._cache(prefix, len(tokens))} | (
-                {"use_cache": True} if self.causal else {}
-            )
+            given |= {"past_key_values": self._cache(prefix, len(tokens)), "use_cache": self.causal}
         front = sum(len(part) for part in (prompt, prefix) if part is not None)
+        if front and self.longest and front + tokens.shape[1] > self.longest:
+            what = f"{tokens.shape[1]} tokens behind {front} of a prompt or prefix"
+            raise RequestError(f"{self.name}: {what}; it takes {self.longest} in all")
         whole = torch.cat([mask.new_ones(len(mask), front), mask], 1) if front else mask
         output = self.model(attention_mask=whole.long(), **given)
         states, pooled = output.last_hidden_state[:, -tokens.shape[1] :], output.get("pooler_output")
@@ -193,7 +198,7 @@ def _configuration(name: str, repository: str | None, checkpoint: str | None, ch
         raise RequestError(f"{folder or name}: its configuration cannot be read ({_line(error)})") from error
     except RequestError:
         raise
-    except Exception as error:  # each check of the library has a kind of its own
+    except Exception as error:  # it has a kind of its own for a setting that does not validate
         raise RequestError(f"{name}: transformers refuses this configuration: {_line(error)}") from error
 
 

@@ -38,6 +38,7 @@ class Corpus:
         if length < 1 or batch_size < 1 or seed < 0:
             raise RequestError(f"length {length}, batch_size {batch_size} and seed {seed}: at least 1, 1 and 0")
         self.length, self.batch_size, self.seed, self.documents = length, batch_size, seed, documents
+        self.max_length = length + 1
         self.tokens = t.train(documents["train"], vocabulary) if tokenizer is None else t.Tokens(tokenizer)
         self.vocabulary = self.tokens.size
         self.streams = {part: self._stream(part) for part in SPLITS}

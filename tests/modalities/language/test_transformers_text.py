@@ -244,6 +244,17 @@ def test_what_cannot_be_is_one_line(arguments, message, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("family", "longest"), [("bert", 16), ("roberta", 14), ("opt", 16), ("bloom", None)])
+def test_the_longest_text_is_the_longest_that_runs(family, longest):
+    backbone = small(family)
+    assert backbone.longest == longest
+    tokens = torch.full((1, longest or 40), 5)
+    assert backbone(tokens).states.shape == (1, longest or 40, 16)
+    if longest is not None:
+        with pytest.raises((IndexError, RuntimeError)):
+            backbone(torch.full((1, longest + 1), 5))
+
+
 def test_logits_need_the_head():
     with pytest.raises(RequestError, match=r"backbone\.lm_head=true"):
         small("llama").logits(torch.ones(1, 16))
