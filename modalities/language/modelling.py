@@ -24,7 +24,7 @@ class LanguageModelling(Task):
     The scores come from the backbone's own head (``backbone.lm_head=true``), tied to its embedding where the model ties
     them, and frozen as the backbone is; a recipe names no head.
 
-    data: it gives ``vocabulary``; its batches are those of ``Corpus``.
+    data: it gives ``vocabulary``; its batches are those of ``Corpus`` or, scored in part, of ``Instructions``.
 
     Results of a split: ``loss`` (nats a token), ``perplexity`` (its exponential) and ``bits_per_byte`` (which does not
     depend on the tokenizer), over all tokens.
@@ -51,12 +51,12 @@ class LanguageModelling(Task):
         return self.model.backbone.logits(states[:, :-1])  # type: ignore[union-attr,operator]
 
     def criterion(self, outputs: Tensor, batch: dict[str, Any]) -> Tensor:
-        """Mean cross entropy over the tokens that follow another."""
-        known = batch["mask"][:, 1:]
+        """Mean cross entropy over the scored tokens that follow another."""
+        known = _scored(batch)
         return F.cross_entropy(outputs[known].float(), batch["tokens"][:, 1:][known])
 
     def evaluate(self, batch: dict[str, Any]) -> None:
-        count = batch["mask"][:, 1:].sum()
+        count = _scored(batch).sum()
         self.nats.update(self.criterion(self.outputs(batch), batch).double() * count)
         self.count.update(count)
         self.bytes.update(batch["bytes"].sum())
@@ -71,3 +71,8 @@ class LanguageModelling(Task):
             "perplexity": math.exp(loss) if loss < 700 else None,
             "bits_per_byte": nats / math.log(2) / size if size else None,
         }
+
+
+def _scored(batch: dict[str, Any]) -> Tensor:
+    """Which of the tokens behind the first are to be predicted: bool (B, N - 1)."""
+    return batch.get("scored", batch["mask"])[:, 1:]

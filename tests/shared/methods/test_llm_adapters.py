@@ -8,7 +8,7 @@ from torch import nn
 
 from shared.adapted import adapt
 from shared.errors import RequestError
-from shared.methods import ParallelAdapter, SeriesAdapter
+from shared.methods import LoRA, ParallelAdapter, Prefix, SeriesAdapter
 from shared.sites import Site, Sites
 
 X = torch.randn(2, 5, 8)
@@ -133,3 +133,55 @@ def test_rows_of_a_fused_projection_are_adapted_alone():
 def test_wrong_arguments_are_one_line(arguments, message):
     with pytest.raises(RequestError, match=message):
         model(ParallelAdapter(**{"roles": "mlp.up", **arguments}))
+
+
+# -- on the language models it was published for -----------------------------------------------------------------------
+
+# What the published code wraps before (mh_adapter) and after (output_adapter) the layer, by its names.
+TABLE = {
+    "llama": (("gate_proj", "up_proj"), "down_proj"),
+    "bloom": (("dense_h_to_4h",), "dense_4h_to_h"),
+    "opt": (("fc1",), "fc2"),
+    "gptj": (("fc_in",), "fc_out"),
+}
+
+
+@pytest.mark.parametrize("family", TABLE)
+def test_each_layer_is_adapted_on_the_side_of_the_published_table(family):
+    from shared.blocks.placement import After, Before
+    from tests.shared.methods.test_prefix import text
+
+    before, after = TABLE[family]
+    adapted = adapt(text(family), SeriesAdapter(width=3))
+    sides = {key.rpartition("/")[2]: type(module) for key, module in adapted.bank["default"].items()}
+    assert sides == {**dict.fromkeys(before, Before), after: After}
+    assert len(adapted.bank["default"]) == 2 * len(sides)
+    pfeiffer = adapt(text(family), SeriesAdapter(width=3, roles="mlp.down"))
+    assert {key.rpartition("/")[2] for key in pfeiffer.bank["default"]} == {after}
+    beside = adapt(text(family), ParallelAdapter(width=3))
+    names = {key.rpartition("/")[2] for key in beside.bank["default"]}
+    assert names == ({"query_key_value"} if family == "bloom" else {"q_proj", "k_proj", "v_proj"})
+
+
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [
+        (SeriesAdapter(roles=("mlp.up", "mlp.gate")), 134_217_728),
+        (ParallelAdapter(roles=("mlp.up", "mlp.down")), 247_463_936),
+        (
+            LoRA(
+                rank=32,
+                alpha=64,
+                roles=("attention.query", "attention.key", "attention.value", "mlp.up", "mlp.down"),
+            ),
+            56_098_816,
+        ),
+        (Prefix(count=10), 2_621_440),
+    ],
+)
+def test_published_counts_on_llama_7b(method, count):
+    from modalities.language.backbones import TransformersText
+
+    with torch.device("meta"):
+        backbone = TransformersText(name="huggyllama/llama-7b", weights="random")
+        assert adapt(backbone, method).count()["trainable"] == count
