@@ -97,7 +97,7 @@ def _parser() -> _Parser:
     run = add("run", "Train what a recipe describes and write a run directory.", recipe, output)
     run.add_argument("--resume", action="store_true", help="go on with the run in --output, or with the recipe's last")
     compare = add("compare", "Train a recipe with several methods and compare them.", recipe, output)
-    compare.add_argument("--methods", required=True, type=_names, help="such as probe,lora,cloud_adapter,full")
+    compare.add_argument("--methods", type=_names, default=[], help="such as probe,lora,full; all: every one that fits")
     compare.add_argument("--seeds", type=_numbers, default=[], help="such as 0,1,2 (default: the recipe's)")
     compare.add_argument("--folds", metavar="N", type=int, help="cross-validation: train on N splits, score all as one")
     compare.add_argument("--resume", action="store_true", help="keep the finished runs that --output holds")

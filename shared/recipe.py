@@ -3,7 +3,8 @@
 A recipe has the sections ``task, data, backbone, method, head, optimiser, trainer`` and a ``seed``. A section names a
 class (``type``, a name that ``shared.catalog`` finds) and gives its keyword-only arguments; the run wires in the rest.
 Data whose ``seed`` is None unless given are drawn by the run's.
-``tiny`` holds the overrides of a quick run, merged deep. Where ``tiny`` or a command line changes a section's ``type``,
+``tiny`` holds the overrides of a quick run, merged deep. ``compare`` holds, by name, the overrides of each way that
+``omniadapt compare`` trains by default. Where ``tiny`` or a command line changes a section's ``type``,
 the section starts empty: settings of one class never leak into another.
 """
 
@@ -11,8 +12,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,12 +36,16 @@ class Section:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe. name: path below the recipes folder.  tree: the resolved YAML values."""
+    """A checked recipe. name: path below the recipes folder.  tree: the resolved YAML values.
+
+    variants: what ``compare`` trains by default, overrides by name.
+    """
 
     name: str
     source: Path
     tree: dict[str, Any]
     sections: dict[str, Section]
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -156,8 +162,6 @@ def read(source: Path) -> dict[str, Any]:
 
 def _loader() -> type:
     """YAML's safe loader, which also reads 1e-4 as a number and refuses a key given twice."""
-    import re
-
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -216,14 +220,16 @@ def merge(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def check(tree: Mapping[str, Any], name: str, source: Path, *, files: bool = True) -> Recipe:
     """The recipe a resolved tree spells. Raises RequestError with one line for each problem found."""
     tree = {"seed": 0, **tree}
-    problems: list[str] = []
+    variants, problems = tree.pop("compare", {}), []
     sections: dict[str, Section] = {}
     for key, value in tree.items():
         if key in catalog.KINDS:
             section = _section(key, value, problems, files)
             sections |= {key: section} if section else {}
         elif key != "seed":
-            problems.append(f"{key}: no such section{catalog.nearest(str(key), (*catalog.KINDS, 'seed', 'tiny'))}")
+            problems.append(
+                f"{key}: no such section{catalog.nearest(str(key), (*catalog.KINDS, 'seed', 'tiny', 'compare'))}"
+            )
     problems += [f"{key}: this section is missing" for key in REQUIRED if key not in tree]
     if type(tree["seed"]) is not int or not 0 <= tree["seed"] < 2**32:
         problems.append(f"seed: wants an int from 0 to 2**32 - 1, got {tree['seed']!r}")
@@ -235,7 +241,21 @@ def check(tree: Mapping[str, Any], name: str, source: Path, *, files: bool = Tru
         given["seed"] = tree["seed"] if given.get("seed") is None else given["seed"]
     for key in ("optimiser", "trainer"):
         sections.setdefault(key, Section(catalog.find(ONLY[key], key), {}))
-    return Recipe(name, source, tree, sections)
+    return Recipe(name, source, tree, sections, _variants(variants, tree, name, source, files))
+
+
+def _variants(variants: Any, tree: Mapping[str, Any], name: str, source: Path, files: bool) -> dict[str, Any]:
+    """The ``compare`` section, each of its entries checked as the recipe it makes."""
+    if not isinstance(variants, Mapping) or not all(isinstance(over, Mapping) for over in variants.values()):
+        raise RequestError(f"{source}: compare: wants a name with sections to override for each, got {variants!r}")
+    for label, over in variants.items():
+        if not re.fullmatch(r"[\w .-]+", str(label)):
+            raise RequestError(f"{source}: compare: {label!r} is no name for a directory")
+        try:
+            check(merge(tree, over), name, source, files=files)
+        except RequestError as error:
+            raise RequestError(str(error).replace(f"{source}: ", f"{source}: compare.{label}: ", 1)) from error
+    return {str(label): dict(over) for label, over in variants.items()}
 
 
 def _section(key: str, value: Any, problems: list[str], files: bool) -> Section | None:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.recipe import Recipe
-from shared.report import page, plots
+from shared.report import efficiency, page, plots
 from shared.report.run_page import grouped, random_note, size, spelled
 from shared.report.terminal import print_table
+from shared.training.engine import smaller_is_better
 
 if TYPE_CHECKING:
     from shared.compare import Row
@@ -22,6 +23,9 @@ def print_comparison(recipe: Recipe, rows: Sequence[Row], found: Found) -> None:
     first = next(iter(found.values()))[0]
     print_table(*_scores(rows, first), title=f"{recipe.name}: test split, {first['backbone']}")
     print_table(*_costs(rows))
+    print_table(*efficiency.latencies(rows), title="Inference, as a share of the bare model's time")
+    for verdict in _verdicts(rows, first):
+        print(verdict)
     if first["random_backbone"]:
         print(
             "The backbone's weights are random, not pretrained: this compares methods, it measures no foundation model."
@@ -35,7 +39,7 @@ def write_compare_page(folder: Path, recipe: Recipe, rows: Sequence[Row], found:
     values = [(row, row.scores[score]) for row in rows]
     points = {row.method: (row.trainable, value, row.spreads[score]) for row, value in values if value is not None}
     chart = plots.scatter(points, "trainable parameters", spelled(score))
-    seeds = rows[0].seeds
+    seeds, said = rows[0].seeds, _verdicts(rows, first)
     runs = {place.replace("/", ", ").replace("_", " "): f"{place}/report.html" for place in places}
     document = page.page(
         f"omniadapt: methods on {recipe.name}",
@@ -46,6 +50,16 @@ def write_compare_page(folder: Path, recipe: Recipe, rows: Sequence[Row], found:
         random_note(first),
         page.section("Test split", page.table(*_scores(rows, first))),
         page.section("Size and cost", page.table(*_costs(rows)), page.lead(_MEASURED)),
+        page.section(
+            "Inference",
+            page.table(*efficiency.latencies(rows)),
+            page.lead(f"As a share of the bare model's time. {efficiency.NOTE}"),
+        ),
+        *(
+            [page.section("Against full fine-tuning", *map(page.lead, said))]
+            if (said := _verdicts(rows, first))
+            else []
+        ),
         page.section("Score against size", page.figures({f"{spelled(score)} of the test split": chart})),
         page.section("Runs", page.links(runs)),
         page.section("Recipe", page.code(recipe.text())),
@@ -54,6 +68,10 @@ def write_compare_page(folder: Path, recipe: Recipe, rows: Sequence[Row], found:
     path = folder / "report.html"
     page.write(path, document)
     return path
+
+
+def _verdicts(rows: Sequence[Row], first: Mapping[str, Any]) -> list[str]:
+    return efficiency.verdicts(rows, score_of(first), smaller=smaller_is_better(first["best"]["monitor"]))
 
 
 def score_of(found: Mapping[str, Any]) -> str:

@@ -132,7 +132,11 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
 
     if processes.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-    checkpoints, order, cost = Checkpoints(folder, monitor, _smaller(monitor), engine.save_every), Order(), Cost()
+    checkpoints, order, cost = (
+        Checkpoints(folder, monitor, smaller_is_better(monitor), engine.save_every),
+        Order(),
+        Cost(),
+    )
     with _quiet():
         log = MetricsFile(Path(output) / "metrics.csv", keep=state["global_step"] if state else None)
         callbacks = [checkpoints, order, End(total, batches), cost, *_optional(engine, monitor)]
@@ -168,7 +172,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def _smaller(monitor: str) -> bool:
+def smaller_is_better(monitor: str) -> bool:
     return monitor.endswith(("loss", "error"))
 
 
@@ -177,7 +181,7 @@ def _optional(engine: Engine, monitor: str) -> Iterator[Any]:
     from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar
 
     if engine.patience is not None:
-        mode = "min" if _smaller(monitor) else "max"
+        mode = "min" if smaller_is_better(monitor) else "max"
         yield EarlyStopping(monitor, patience=engine.patience, mode=mode, check_on_train_epoch_end=False)
     if sys.stdout.isatty():
         yield RichProgressBar()

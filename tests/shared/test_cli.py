@@ -52,7 +52,7 @@ def test_help_names_every_command(capsys):
         (("compare", "quickstart", "--methods", "lora,LoRA"), "compare: LoRA is named twice"),
         (("compare", "quickstart", "--methods", "lora,lor"), "no method is called 'lor'; nearest: 'LoRA'"),
         (("compare", "quickstart", "--methods", "lora", "--seeds", "1,x"), "wants whole numbers with commas between"),
-        (("compare", "quickstart"), "the following arguments are required: --methods"),
+        (("compare", "quickstart"), "compare: name at least one method"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_status_2(say, words, message):

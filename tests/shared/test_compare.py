@@ -48,6 +48,9 @@ def test_rows_are_means_and_spreads_of_the_runs(compared):
         assert row.trainable == found[0]["parameters"]["trainable"]
         assert row.file_bytes == statistics.mean(run["file_bytes"] for run in found)
         assert row.peak_bytes > 1e8
+        assert row.latency == json.loads((folder / row.method / "seed_0" / "latency.json").read_text())
+        assert set(row.latency["one"]) == set(row.latency["batch"]) == {"bare", "separate", "folded", "merged"}
+        assert not (folder / row.method / "seed_1" / "latency.json").exists()
     probe, lora = rows
     assert lora.trainable - probe.trainable == 2 * 2 * (12 + 12)
 
@@ -84,6 +87,45 @@ def test_printing(compared, small, capsys):
     assert "IoU thin cloud" in out
     assert f"{rows[1].trainable:,}" in out
     assert "weights are random" in out
+
+
+def test_the_ways_of_the_recipe_s_own_section_are_the_default(small, tmp_path, capsys):
+    path = tmp_path / "small.yaml"
+    ways = {"wide": {"method": {"rank": 4}}, "tuned probe": {"method": {"type": "Probe"}, "optimiser": {"power": 2}}}
+    path.write_text(small.text() + "\n" + json.dumps({"compare": ways})[1:-1].replace('"compare": ', "compare: "))
+    own = recipe.load(str(path))
+    assert own.variants == ways
+    assert "compare" not in own.tree
+    planned = compare._plan(own, [], [0, 1], None)
+    assert [one.place for one in planned] == [f"{way}/seed_{n}" for way in ways for n in (0, 1)]
+    assert planned[0].recipe.tree["method"] == {"type": "LoRA", "rank": 4}
+    assert planned[3].recipe.tree["optimiser"]["power"] == 2
+    assert [one.method for one in compare._plan(own, ["wide", "lora"], [0], None)] == ["wide", "LoRA"]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("compare: [lora]", "compare: wants a name with sections to override for each"),
+        ("compare: {a/b: {seed: 1}}", "compare: 'a/b' is no name for a directory"),
+        ("compare: {a: {method: {rnk: 1}}}", "compare.a: method.rnk: LoRA has no such setting; nearest: 'rank'"),
+    ],
+)
+def test_a_wrong_section_is_told_with_its_name(small, tmp_path, section, message):
+    path = tmp_path / "small.yaml"
+    path.write_text(small.text() + "\n" + section)
+    with pytest.raises(RequestError, match=message):
+        recipe.load(str(path))
+
+
+def test_all_are_those_that_fit_and_the_others_are_told(small, capsys):
+    planned = compare._plan(small, ["all"], [0, 1], None)
+    kept, data = compare._fitting(planned, [small.build("data")] * len(planned), skip=True)
+    names = {one.method for one in kept}
+    assert {"Probe", "LoRA", "Full", "BitFit", "Prompt"} <= names
+    assert "ResAdapter" not in names
+    assert len(data) == len(kept) == 2 * len(names)
+    assert "ResAdapter does not fit: " in capsys.readouterr().out
 
 
 def test_a_method_that_does_not_fit_the_backbone_is_told_before_anything_trains(small, tmp_path, monkeypatch):
