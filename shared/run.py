@@ -245,7 +245,8 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in ("omniadapt", "torch", "lightning", "torchmetrics", "timm", "open_clip_torch", "transformers"):
+    libraries = ("torch", "lightning", "torchmetrics", "timm", "open_clip_torch", "transformers", "torchgeo")
+    for name in ("omniadapt", *libraries):
         if name.partition("_torch")[0] in sys.modules or name == "omniadapt":
             try:
                 found[name.replace("_", "-")] = version(name)
