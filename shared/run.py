@@ -103,8 +103,8 @@ class Trained(NamedTuple):
     identity: dict[str, Any]
 
 
-def load(folder: Path) -> Trained:
-    """The trained model of a run directory, from its recipe and adapter file; the training data need not be there.
+def load(folder: str | Path) -> Trained:
+    """The trained model of a run directory or ``hf://owner/name[@revision]``, from its recipe and adapter file alone.
 
     Raises RequestError where it is no directory of a finished run, or where the frozen weights are not those it was
     trained on.
@@ -114,8 +114,10 @@ def load(folder: Path) -> Trained:
     import torch
 
     from shared import recipe as recipes
+    from shared.hub import local
     from shared.store import read_header
 
+    folder = local(folder)
     for name, what in ((RECIPE, "it is no run directory"), (ADAPTER, "the run has not finished")):
         try:
             there = (folder / name).is_file()
