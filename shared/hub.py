@@ -190,6 +190,8 @@ def _telling(what: str) -> Iterator[None]:
 def _told(error: Exception, what: str, endpoint: str) -> Exception:
     from huggingface_hub import errors
 
+    while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # "Error while uploading"
+        error = error.__cause__
     reason = " ".join(str(error).split())
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.HFValidationError):
