@@ -101,7 +101,8 @@ def pull(address: Address, folder: Path) -> Path:
 def push(run: Path, repository: str, *, licence: str, private: bool = False) -> str:
     """Upload a finished run with its model card in one commit, to a repository made if need be; its address.
 
-    licence: of the adapter, as the Hub abbreviates it ("apache-2.0").  private: of a new repository.
+    licence: of the adapter, as the Hub abbreviates it ("apache-2.0").  private: of a new repository. The recipe goes
+    up as it is, with the paths it names.
 
     Raises RequestError where the run is not whole, no token is set, or the token may not write there, and WorkError
     where the Hub cannot be reached.
@@ -125,6 +126,7 @@ def contents(run: Path, repository: str, *, licence: str) -> dict[str, bytes]:
     from shared import recipe
     from shared.card import card
 
+    _library()
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
         raise RequestError(f"licence {licence!r}: as the Hub abbreviates it, such as apache-2.0, cc-by-4.0 or other")
     if lacking := next((name for name in (RECIPE, ADAPTER, METRICS) if not (run / name).is_file()), None):
@@ -161,10 +163,14 @@ def _endpoint() -> str | None:
 def _check_digest(path: Path, what: str) -> None:
     """The cache names a file by its hash, SHA-256 or that of a git blob; one that lies is removed and refused."""
     blob = path.resolve()
-    data = blob.read_bytes()
-    expected, size = blob.name, len(data)
-    digests = {64: hashlib.sha256(data), 40: hashlib.sha1(b"blob %d\0" % size + data, usedforsecurity=False)}
-    if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", expected) and digests[len(expected)].hexdigest() != expected:
+    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name):  # a cache without links
+        return
+    size = blob.stat().st_size
+    digest = hashlib.sha256() if len(blob.name) == 64 else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with open(blob, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    if digest.hexdigest() != blob.name:
         for link in (blob, path):
             with suppress(OSError):
                 link.unlink()
@@ -213,7 +219,7 @@ def _told(error: Exception, what: str, endpoint: str) -> Exception:
         return WorkError(f"{what}: {why}, and the cache does not hold it whole")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return WorkError(f"{what}: offline (HF_HUB_OFFLINE): nothing can be uploaded")
-    if status is None and isinstance(error, errors.HTTPError):
+    if status is None and type(error).__module__.partition(".")[0].startswith("httpx"):
         return WorkError(f"{what}: {endpoint} cannot be reached, or broke off ({_brief(error)})")
     return WorkError(f"{what}: {_brief(error)}")
 

@@ -248,12 +248,11 @@ def versions() -> dict[str, str]:
 
     found = {"python": platform.python_version(), "platform": platform.platform()}
     libraries = ("torch", "lightning", "torchmetrics", "timm", "open_clip_torch", "transformers", "torchgeo")
-    for name in ("omniadapt", *libraries):
-        if name.partition("_torch")[0] in sys.modules or name == "omniadapt":
-            try:
-                found[name.replace("_", "-")] = version(name)
-            except PackageNotFoundError:
-                found[name.replace("_", "-")] = "not installed as a package"
+    for name in ("omniadapt", *(n for n in libraries if n.partition("_torch")[0] in sys.modules)):
+        try:
+            found[name.replace("_", "-")] = version(name)
+        except PackageNotFoundError:
+            found[name.replace("_", "-")] = "not installed as a package"
     return found
 
 

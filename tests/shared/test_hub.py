@@ -219,7 +219,7 @@ def test_a_push_that_may_not_be_is_one_line(server, done, tmp_path, monkeypatch,
         (["push", str(done), "small", "--license", "mit"], "'small' names no repository"),
         (
             ["push", str(tmp_path / "part"), NAME, "--license", "mit"],
-            "no directory of a finished run: it holds no adapter",
+            "no directory of a finished run: it holds no a",
         ),
         (["push", str(done), NAME], "the following arguments are required: --license"),
     ):

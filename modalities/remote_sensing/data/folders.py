@@ -198,7 +198,7 @@ def _chosen(
 
 
 def choose(
-    place: str, numbers: list[int], names: Sequence[str], bands: Sequence[int | str] | None
+    place: str, numbers: list[int], names: tuple[str, ...], bands: Sequence[int | str] | None
 ) -> tuple[list[int], tuple[str, ...]]:
     """Numbers and names of the bands wanted, out of those there are; ``place`` names them in an error."""
     if len(names) != len(numbers) or len(set(names)) < len(names):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from modalities.remote_sensing.data import TorchGeo
 from modalities.remote_sensing.mapping import Feed
 from shared import cli, recipe, run
 from shared.errors import RequestError
+from shared.training.feed import Shares
 
 datasets = pytest.importorskip("torchgeo.datasets")
 samplers = pytest.importorskip("torchgeo.samplers")
@@ -353,6 +355,23 @@ def test_a_recipe_trains_on_it_repeats_exactly_and_predicts(scene, tmp_path, mon
     assert first["test"]["support/low"] + first["test"]["support/middle"] + first["test"]["support/high"] == 5000
     assert (tmp_path / "one/adapter.safetensors").read_bytes() == (tmp_path / "two/adapter.safetensors").read_bytes()
     assert cli.main(["predict", "one", str(scene / "image.tif"), "-o", "map.tif"]) == 0
+
+
+def test_an_epoch_that_is_resumed_or_shared_has_the_same_windows(scene):
+    """What training is fed follows from the seed, the epoch and the batch: after a kill, and among two processes."""
+    loader, order = TorchGeo(**stated(scene)).train(), SimpleNamespace(seed=0)
+
+    def fed(epoch: int, start: int = 0, rank: int = 0, world: int = 1) -> list[Any]:
+        done, at = SimpleNamespace(processed=epoch), SimpleNamespace(ready=start)
+        batches = SimpleNamespace(batch_progress=SimpleNamespace(current=at))
+        loop = SimpleNamespace(epoch_progress=SimpleNamespace(current=done), epoch_loop=batches)
+        return list(Shares(loader, order, loop, rank, world))
+
+    whole = fed(1)
+    assert len(whole) == 3
+    assert fed(1, start=1) == whole[1:]
+    assert [one + other for one, other in zip(fed(1, rank=0, world=2), fed(1, rank=1, world=2), strict=True)] == whole
+    assert fed(0) != whole
 
 
 def test_files_are_read_only_where_samples_are_said_to_hold_their_values():
