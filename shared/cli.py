@@ -185,7 +185,9 @@ def _pull(asked: argparse.Namespace) -> None:
     from shared import hub
 
     address = hub.Address.of(asked.repository)
-    print(hub.pull(address, asked.output or Path(address.repository.rpartition("/")[2])))
+    folder = asked.output or Path(address.repository.rpartition("/")[2])
+    hub.pull(address, folder)
+    print(folder)
 
 
 def _count(asked: argparse.Namespace) -> None:

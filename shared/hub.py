@@ -77,13 +77,13 @@ def fetch(address: Address) -> Path:
 
 
 def pull(address: Address, folder: Path) -> Path:
-    """Copy the run files of a repository to ``folder``, which is made whole or not at all; returns it.
+    """Copy the run files of a repository to ``folder``, which is made whole or not at all; its absolute path.
 
     Raises RequestError where the folder is there already and not empty, and as ``fetch``.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RequestError(f"{folder} is not an empty directory")
-    source = fetch(address)
+    source, folder = fetch(address), folder.absolute()
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)

@@ -108,7 +108,8 @@ def _value(name: str, value: Any, path: str) -> Any:
             raise RequestError(f"{path}: wants pixels or crs, got {value!r}")
         return Units[value.upper()]
     if name == "roi" and isinstance(value, (list, tuple)):
-        if len(value) != 4 or not (value[0] < value[2] and value[1] < value[3]):
+        numbers = len(value) == 4 and all(isinstance(v, (int, float)) for v in value)
+        if not (numbers and value[0] < value[2] and value[1] < value[3]):
             raise RequestError(f"{path}: wants [xmin, ymin, xmax, ymax] in the dataset's coordinates, got {value}")
         from shapely import box
 
@@ -118,7 +119,7 @@ def _value(name: str, value: Any, path: str) -> Any:
 
         try:
             start, end = (pandas.Timestamp(day) for day in value)
-        except ValueError:
+        except (ValueError, TypeError):
             start = end = pandas.NaT
         if not start < end:  # NaT is neither
             raise RequestError(f"{path}: wants [start, end], two dates, got {value}")

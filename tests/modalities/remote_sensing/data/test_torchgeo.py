@@ -216,6 +216,22 @@ def test_the_same_objects_and_the_same_words_give_the_same_samples(scene):
         assert a["name"] == b["name"]
 
 
+def test_polygons_in_other_coordinates_are_a_mask(scene):
+    """A VectorDataset in degrees over rasters in metres, within a time; the counts are the areas drawn."""
+    import geopandas
+    from shapely import box
+
+    east = [box(WEST, NORTH - 1000, WEST + 900, NORTH - 500), box(WEST + 900, NORTH - 600, WEST + 2000, NORTH)]
+    geopandas.GeoDataFrame({"kind": [1, 2]}, geometry=east, crs=32633).to_crs(4326).to_file(scene / "drawn.geojson")
+    mask = {"type": "VectorDataset", "paths": str(scene / "drawn.geojson"), "label_name": "kind"}
+    toi = ["2020-01-01", "2021-01-01"]
+    chosen = {part: {"type": "GridGeoSampler", "size": 32, "roi": roi, "toi": toi} for part, roi in ROIS.items()}
+    pair = {**stated(scene)["datasets"], "dataset2": mask}
+    splits = TorchGeo(**stated(scene, datasets=pair, samplers=chosen)).describe()["splits"]
+    counts = {part: [facts["pixels"][name] for name in CLASSES] for part, facts in splits.items()}
+    assert counts == {"train": [4900, 4500, 600], "validation": [2000, 0, 3000], "test": [2000, 0, 3000]}
+
+
 def test_samplers_of_batches_and_of_numbers_are_taken_as_they_are(scene):
     chosen = stated(scene)["samplers"]
     chosen["train"] = {"type": "RandomBatchGeoSampler", "size": 32, "batch_size": 3, "length": 6, "roi": ROIS["train"]}
