@@ -22,7 +22,7 @@ from modalities.remote_sensing.data.statistics import (
     measured,
     picture,
     survey,
-)  # fmt: skip
+)
 from modalities.remote_sensing.data.tiling import Tile, tiles
 from shared.errors import RequestError
 from shared.training.order import EpochSampler
