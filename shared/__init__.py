@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shared.errors import WorkError as WorkError
     from shared.method import Method as Method
     from shared.methods import LoRA as LoRA
+    from shared.run import load as load
     from shared.sites import Site as Site
     from shared.sites import Sites as Sites
     from shared.taxonomy import Record as Record
@@ -28,7 +29,7 @@ _HOME = {
     "Adapter": "shared.adapter", "WeightAdapter": "shared.adapter", "Backbone": "shared.backbone",
     "RequestError": "shared.errors", "WorkError": "shared.errors", "Method": "shared.method",
     "LoRA": "shared.methods", "Site": "shared.sites", "Sites": "shared.sites",
-    "Record": "shared.taxonomy",
+    "Record": "shared.taxonomy", "load": "shared.run",
 }  # fmt: skip
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -301,7 +301,7 @@ class Adapted(nn.Module):
         store.save_adapter(self, path, metrics or {}, extra or {})
 
     def load(self, path: str | os.PathLike, *, other_backbone: bool = False) -> dict[str, Any]:
-        """Fill the active adapter and the head from a file, strictly, and return its header.
+        """Fill the active adapter and the head from a file or ``hf://owner/name``, strictly, and return its header.
 
         Raises RequestError where the file is for another backbone (unless asked for), another method, or does not fit.
         """

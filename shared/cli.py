@@ -102,7 +102,7 @@ def _parser() -> _Parser:
     compare.add_argument("--folds", metavar="N", type=int, help="cross-validation: train on N splits, score all as one")
     compare.add_argument("--resume", action="store_true", help="keep the finished runs that --output holds")
     predict = add("predict", "Predict for files, such as rasters of any size, with a trained run.")
-    predict.add_argument("run", metavar="RUN", type=Path, help="the directory of a finished run")
+    predict.add_argument("run", metavar="RUN", type=Path, help="the directory of a finished run, or hf://owner/name")
     predict.add_argument("inputs", metavar="INPUT", nargs="+", type=Path, help="files, and folders of files")
     predict.add_argument(
         "-o", "--output", metavar="OUT", type=Path, required=True, help="a file for one, else a folder"
@@ -112,6 +112,15 @@ def _parser() -> _Parser:
     predict.add_argument("--overlap", metavar="N", type=int, help="pixels neighbours share (default: half a window)")
     predict.add_argument("--bands", metavar="N,N", type=_numbers, help="which bands to read, whatever their names")
     predict.add_argument("--overwrite", action="store_true", help="replace what is there")
+    push = add("push", "Upload a finished run, with a model card, to a repository of the Hugging Face Hub.")
+    push.add_argument("run", metavar="RUN", type=Path, help="the directory of a finished run")
+    push.add_argument("repository", metavar="OWNER/NAME", help="the repository, made where there is none")
+    push.add_argument("--license", required=True, metavar="ID", help="of the adapter, such as apache-2.0")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--folder", metavar="DIR", type=Path, help="write the files to DIR and upload nothing")
+    pull = add("pull", "Fetch a run from a repository of the Hugging Face Hub.")
+    pull.add_argument("repository", metavar="OWNER/NAME[@REVISION]", help="the repository")
+    pull.add_argument("--output", metavar="DIR", type=Path, help="where to write (default: NAME)")
     add("count", "Count a recipe's parameters without loading weights or data.", recipe, as_json)
     listing = add("list", "List what there is.", as_json)
     listing.add_argument("what", choices=LISTS, help=", ".join(LISTS), metavar="WHAT")
@@ -166,6 +175,25 @@ def _predict(asked: argparse.Namespace) -> None:
     )
 
 
+def _push(asked: argparse.Namespace) -> None:
+    from shared import hub
+
+    if asked.folder is None:
+        print(hub.push(asked.run, asked.repository, licence=asked.license, private=asked.private))
+        return
+    hub.write(asked.run, asked.repository, asked.folder, licence=asked.license)
+    print(asked.folder)
+
+
+def _pull(asked: argparse.Namespace) -> None:
+    from shared import hub
+
+    address = hub.Address.of(asked.repository)
+    folder = asked.output or Path(address.repository.rpartition("/")[2])
+    hub.pull(address, folder)
+    print(folder)
+
+
 def _count(asked: argparse.Namespace) -> None:
     from shared import recipe, run
 
@@ -206,8 +234,10 @@ def _show(asked: argparse.Namespace) -> None:
 
 
 def _inspect(asked: argparse.Namespace) -> None:
+    from shared.hub import local_file
     from shared.store import read_header
 
+    asked.file = local_file(asked.file)
     header = read_header(asked.file)
     method, backbone, tensors = header["method"], header["backbone"], header["tensors"]
     print(f"{asked.file}: {asked.file.stat().st_size:,} bytes, written by omniadapt {header['version']}")

@@ -103,8 +103,8 @@ class Trained(NamedTuple):
     identity: dict[str, Any]
 
 
-def load(folder: Path) -> Trained:
-    """The trained model of a run directory, from its recipe and adapter file; the training data need not be there.
+def load(folder: str | Path) -> Trained:
+    """The trained model of a run directory or ``hf://owner/name[@revision]``, from its recipe and adapter file alone.
 
     Raises RequestError where it is no directory of a finished run, or where the frozen weights are not those it was
     trained on.
@@ -114,8 +114,10 @@ def load(folder: Path) -> Trained:
     import torch
 
     from shared import recipe as recipes
+    from shared.hub import local
     from shared.store import read_header
 
+    folder = local(folder)
     for name, what in ((RECIPE, "it is no run directory"), (ADAPTER, "the run has not finished")):
         try:
             there = (folder / name).is_file()
@@ -246,12 +248,12 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in ("omniadapt", "torch", "lightning", "torchmetrics", "timm", "open_clip_torch", "transformers"):
-        if name.partition("_torch")[0] in sys.modules or name == "omniadapt":
-            try:
-                found[name.replace("_", "-")] = version(name)
-            except PackageNotFoundError:
-                found[name.replace("_", "-")] = "not installed as a package"
+    libraries = ("torch", "lightning", "torchmetrics", "timm", "open_clip_torch", "transformers", "torchgeo")
+    for name in ("omniadapt", *(n for n in libraries if n.partition("_torch")[0] in sys.modules)):
+        try:
+            found[name.replace("_", "-")] = version(name)
+        except PackageNotFoundError:
+            found[name.replace("_", "-")] = "not installed as a package"
     return found
 
 

@@ -133,7 +133,9 @@ def save_adapter(model: Any, path: str | os.PathLike, metrics: Mapping[str, floa
 
 def load_adapter(model: Any, path: str | os.PathLike, other_backbone: bool) -> dict[str, Any]:
     """Fill the one active adapter and the head from a file; nothing is changed where anything does not fit."""
-    tensors, header = read(path)
+    from shared.hub import local_file
+
+    tensors, header = read(local_file(path))
     name = _only_active(model, path)
     theirs, mine = header["backbone"], model.fingerprint
     if theirs["fingerprint"] != mine and not other_backbone:

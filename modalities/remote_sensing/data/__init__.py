@@ -10,3 +10,4 @@ from modalities.remote_sensing.data.rasters import write_raster as write_raster
 from modalities.remote_sensing.data.scenes import Scenes as Scenes
 from modalities.remote_sensing.data.statistics import Normalisation as Normalisation
 from modalities.remote_sensing.data.tiling import tiles as tiles
+from modalities.remote_sensing.data.torchgeo import TorchGeo as TorchGeo

@@ -103,7 +103,7 @@ class Labels:
             )
         self._values, self._classes = np.array(list(known)), np.array(list(known.values()))
 
-    def index(self, path: Path, stored: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    def index(self, path: Path | str, stored: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """Values as stored (H, W) to class indices, IGNORE where not ``valid``; any other value raises RequestError."""
         place = np.searchsorted(self._values, stored).clip(max=len(self._values) - 1)
         strange = valid & (self._values[place] != stored)
@@ -194,9 +194,16 @@ def _chosen(
     everything = band_names is not None and len(band_names) == header.bands
     numbers = list(range(1, header.bands + 1)) if everything else header.data_bands
     names = tuple(band_names) if band_names is not None else tuple(header.band_names[n - 1] for n in numbers)
+    return choose(str(header.path), numbers, names, bands)
+
+
+def choose(
+    place: str, numbers: list[int], names: tuple[str, ...], bands: Sequence[int | str] | None
+) -> tuple[list[int], tuple[str, ...]]:
+    """Numbers and names of the bands wanted, out of those there are; ``place`` names them in an error."""
     if len(names) != len(numbers) or len(set(names)) < len(names):
         raise RequestError(
-            f"{header.path}: {len(numbers)} bands, but band_names gives {len(set(names))} different names {names}"
+            f"{place}: {len(numbers)} bands, but band_names gives {len(set(names))} different names {names}"
         )
     folded = [name.casefold() for name in names]
     chosen = []
@@ -207,7 +214,7 @@ def _chosen(
             chosen.append(numbers.index(band))
         else:
             listed = ", ".join(f"{number} {name}" for number, name in zip(numbers, names, strict=True))
-            raise RequestError(f"{header.path}: no band {band!r}; it has {listed}")
+            raise RequestError(f"{place}: no band {band!r}; it has {listed}")
     if len(set(chosen)) < len(chosen):
         raise RequestError(f"bands {list(bands or names)}: each band once")
     return [numbers[c] for c in chosen], tuple(names[c] for c in chosen)

@@ -43,7 +43,7 @@ class Tiles(Dataset):
             image = np.pad(image, ((0, 0), (0, below), (0, right)))
             mask = np.pad(mask, ((0, below), (0, right)), constant_values=IGNORE)
         if self.seed is not None:
-            image, mask = _turned(image, mask, np.random.default_rng([self.seed, epoch, i]))
+            image, mask = turned(image, mask, np.random.default_rng([self.seed, epoch, i]))
         return {
             "image": torch.from_numpy(np.ascontiguousarray(image)),
             "mask": torch.from_numpy(np.ascontiguousarray(mask)),
@@ -51,7 +51,7 @@ class Tiles(Dataset):
         }
 
 
-def _turned(image: np.ndarray, mask: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def turned(image: np.ndarray, mask: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """One of the eight flips and quarter turns of a square (of the four of a rectangle)."""
     square = mask.shape[0] == mask.shape[1]
     turns, flip = int(random.integers(4) if square else 2 * random.integers(2)), bool(random.integers(2))
