@@ -34,16 +34,17 @@ class SecondMoment(Statistic):
     al., 2024); where that is below a thousandth of the largest magnitude, by the latter (``guarded`` such samples).
     """
 
+    total: Tensor
+
     def __init__(self, *, normalised: bool = False):
         self.normalised, self.guarded = normalised, 0
-        self.total: Tensor | None = None
 
     def add(self, x: Tensor, mask: Tensor) -> None:
         if self.normalised:
             x = x / self._size(x, mask)[:, None, None]
         rows = x.flatten(0, 1)
         moment = rows.t() @ rows
-        self.total = moment if self.total is None else self.total.add_(moment)
+        self.total = self.total.add_(moment) if hasattr(self, "total") else moment
 
     def _size(self, x: Tensor, mask: Tensor) -> Tensor:
         """(B,), above zero."""
@@ -53,6 +54,18 @@ class SecondMoment(Statistic):
         self.guarded += int(tiny.sum())
         size = torch.where(tiny, largest, signed)
         return torch.where((largest == 0) | ~size.isfinite(), torch.ones_like(size), size)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The whole model in eval mode within a ``with`` block; every module has its own mode again after it."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 S = TypeVar("S", bound=Statistic)
@@ -128,17 +141,13 @@ def _listening(model: nn.Module, modules: dict[str, nn.Module], found: dict[str,
 
         return listen
 
-    modes = {module: module.training for module in model.modules()}
     handles = [m.register_forward_pre_hook(hook(path), with_kwargs=True) for path, m in modules.items()]
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
 
 
 def _add(statistic: Statistic, where: str, x: Tensor, mask: Tensor | None, samples: int | None) -> None:
