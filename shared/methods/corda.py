@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from shared import store, weights
 from shared.adapter import WeightAdapter
-from shared.blocks.decomposition import Split, linears
+from shared.blocks.decomposition import Decomposition, Precision, Sides, Split, decompose, linears
 from shared.blocks.low_rank import Replacement
-from shared.errors import RequestError, WorkError
+from shared.errors import RequestError
 from shared.method import Method
+from shared.methods.lora import LoRA
 from shared.sites import Site, Sites
 from shared.statistics import SecondMoment, collect
 from shared.taxonomy import Record
@@ -23,8 +27,6 @@ if TYPE_CHECKING:
     from shared.adapted import Adapted
 
 _log = logging.getLogger("omniadapt")
-Sides = Literal["both", "up", "down"]
-Precision = Literal["float64", "float32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ class CorDA(Method):
     of the weight from a hundred inputs on (the start is the identity all the same).
     bias: train the biases of these layers too, as the official code does where there are any (it keeps them in the
     adapter); off by default.
+    start: an adapter file of CorDA, prepared on other samples (``prepare``, then ``save``), to start from: so "kpa"
+    keeps what the training data do not show.
     at_a_time: layers measured in one pass over the samples (None: all; 1 needs the least memory).
     roles: which layers (None: every linear layer of the blocks, as published).  depth: which blocks.
     """
@@ -63,6 +67,7 @@ class CorDA(Method):
     singular_values: Sides = "both"
     precision: Precision = "float64"
     bias: bool = False
+    start: str | None = None
     at_a_time: int | None = None
     roles: Sequence[str] | None = None
     depth: str | int | Sequence[int] = "all"
@@ -77,9 +82,9 @@ class CorDA(Method):
                 raise RequestError(f"CorDA {name} {value}: use at least 1")
 
     def sites(self, sites: Sites) -> Sites:
-        weights = linears(sites, self.roles, self.depth)
-        biases = [bias for site in weights if self.bias and (bias := site.bias) is not None]
-        return Sites((*weights, *biases), sites.owner)
+        layers = linears(sites, self.roles, self.depth)
+        biases = [bias for site in layers if self.bias and (bias := site.bias) is not None]
+        return Sites((*layers, *biases), sites.owner)
 
     def build(self, site: Site) -> WeightAdapter:
         if site.parameter and site.parameter.endswith("bias"):
@@ -87,6 +92,9 @@ class CorDA(Method):
         return ContextSplit(site.weight.shape, self.rank, where=site.key)
 
     def prepare(self, model: Adapted, name: str, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
+        if self.start is not None:
+            _start_from(model, name, self.start)
+            return
         bank: Any = model.bank[name]
         sites = [site for site in self.sites(model.sites()) if isinstance(bank[site.key], ContextSplit)]
         moments = collect(
@@ -112,72 +120,6 @@ class ContextSplit(Split):
         self.register_buffer("damping", torch.zeros(()))
 
 
-class Decomposition(NamedTuple):
-    """``W = left @ diag(values) @ right``: left (rows, k), values (k,) descending, right (k, fan_in)."""
-
-    left: Tensor
-    values: Tensor
-    right: Tensor
-    damping: float
-
-    def part(self, mode: str, rank: int, sides: Sides = "both", balance: bool = False) -> tuple[Tensor, Tensor]:
-        """The r largest ("ipa") or smallest ("kpa") components as up (r, rows) and down (r, fan_in)."""
-        kept = slice(0, rank) if mode == "ipa" else slice(len(self.values) - rank, None)
-        left, values, right = self.left[:, kept].t(), self.values[kept, None], self.right[kept]
-        share = {"both": 0.5, "up": 1.0, "down": 0.0}[sides]
-        up, down = left * values**share, right * values ** (1 - share)
-        if balance and up.norm() > 0 and down.norm() > 0:
-            ratio = (down.norm() / up.norm()).sqrt()
-            up, down = up * ratio, down / ratio
-        return up, down
-
-
-def decompose(
-    weight: Tensor, moment: Tensor | None, precision: Precision = "float64", where: str = "weight"
-) -> Decomposition:
-    """The context-oriented SVD of a weight (rows, fan_in) given the second moment of its inputs; None: the plain SVD.
-
-    Raises WorkError where the moment is zero or not finite.
-    """
-    device = "cpu" if weight.device.type == "mps" else weight.device  # which has no float64
-    dtype = getattr(torch, precision)
-    matrix = weight.detach().flatten(1).to(device, dtype)
-    if moment is None:
-        return Decomposition(*torch.linalg.svd(matrix, full_matrices=False), damping=0.0)
-    damped, damping = damp(moment.to(device), where)
-    left, values, right = torch.linalg.svd(matrix @ damped.to(dtype), full_matrices=False)
-    return Decomposition(left, values, right @ torch.linalg.inv(damped.to(dtype)), damping)
-
-
-def damp(moment: Tensor, where: str = "weight") -> tuple[Tensor, float]:
-    """``C + damping * mean(diag C) * I`` (float32) with the first damping of 0.01, 0.02, 0.04, ... at which it inverts.
-
-    Its inverse in float32 must be within 0.05 (Frobenius norm of ``C C^-1 - I``), as published.
-    """
-    moment = moment.float()
-    level, one = moment.diagonal().mean(), torch.eye(len(moment), device=moment.device)
-    if not moment.isfinite().all() or level <= 0:
-        what = "not finite" if level != 0 else "zero"
-        raise WorkError(f"calibration: the second moment of the inputs of {where} is {what}; look at the samples")
-    damping = 0.01
-    while True:
-        damped = moment + one * level * damping
-        inverse, failed = torch.linalg.inv_ex(damped)
-        if not failed and torch.dist(damped @ inverse, one) < 0.05:
-            return damped, damping
-        damping *= 2
-
-
-def without_smallest(
-    weight: Tensor, rank: int, moment: Tensor | None = None, precision: Precision = "float64"
-) -> Tensor:
-    """The weight less its ``rank`` smallest components, along its context or (no moment) of the plain SVD: the paper's
-    measure of what a decomposition keeps."""
-    left, values, right, _ = decompose(weight, moment, precision)
-    kept = len(values) - rank
-    return ((left[:, :kept] * values[:kept]) @ right[:kept]).to(weight).view_as(weight)
-
-
 def _report(site: Site, moment: SecondMoment, found: Decomposition) -> None:
     _log.info("CorDA: %s: %d tokens of %d samples, damping %g", site.key, moment.tokens, moment.samples, found.damping)
     if moment.guarded:
@@ -185,3 +127,121 @@ def _report(site: Site, moment: SecondMoment, found: Decomposition) -> None:
             "CorDA: %s: %d of %d samples have a maximum next to zero and are divided by their largest magnitude",
             site.key, moment.guarded, moment.samples,
         )  # fmt: skip
+
+
+def _start_from(model: Adapted, name: str, path: str) -> None:
+    """Fill adapter ``name`` from a file of another run on this backbone."""
+    tensors, header = store.read(path)
+    if header["method"]["type"] != "CorDA" or header["backbone"]["fingerprint"] != model.fingerprint:
+        theirs = f"{header['method']['type']} on {header['backbone']['name']} {header['backbone']['fingerprint']}"
+        raise RequestError(f"{path}: {theirs}; start from CorDA on {model.backbone_name} {model.fingerprint}")
+    prefix = f"adapter.{name}."
+    given = {prefix + n.removeprefix("adapter."): t for n, t in tensors.items() if n.startswith("adapter.")}
+    _fill(model, prefix, given, path)
+
+
+def _fill(model: Adapted, prefix: str, given: dict[str, Tensor], source: str) -> None:
+    """Load tensors that belong to one adapter, strictly; whatever else trains stays."""
+    others = {n: t for n, t in model.trained_state().items() if not n.startswith(prefix)}
+    model.load_trained_state(others | given, source)
+
+
+# -- plain LoRA and the official files ---------------------------------------------------------------------------------
+
+
+def to_lora(model: Adapted, name: str = "default", to: str = "lora") -> None:
+    """Add, and activate, the LoRA of rank 2r that changes the original weights as the CorDA ``name`` does.
+
+    Raises RequestError where there is no such CorDA, where it trains biases, or where 2r is above a layer's size.
+    """
+    method = model.methods.get(name)
+    if not isinstance(method, CorDA) or method.bias:
+        raise RequestError(
+            f"adapter {name!r}: only a CorDA without bias is a plain LoRA; loaded: {', '.join(model.methods)}"
+        )
+    bank: Any = model.bank[name]
+    roles = tuple(dict.fromkeys(site.role for site in method.sites(model.sites())))
+    model.add(LoRA(rank=2 * method.rank, roles=roles, depth=method.depth), name=to)
+    with torch.no_grad():
+        for key, adapter in model.bank[to].items():  # type: ignore[operator]
+            down, up, _, _ = bank[key].factors()
+            adapter.down.copy_(down)
+            adapter.up.copy_(up)
+
+
+def load_official(model: Adapted, path: str | os.PathLike) -> list[str]:
+    """Fill the active CorDA, on the original weights, from a model as the official code saves it.
+
+    path: a weights file, or a folder of .safetensors files. Each layer is there as ``weight_residual`` (rows, fan_in),
+    ``ALinear.weight`` (rows, r), LoRA's B, and ``BLinear.weight`` (r, fan_in), its A; what the layer started from is
+    the weight here less that residual. Returns the names left aside, which are the frozen model's.
+
+    Raises RequestError where a layer is missing or too many, of another shape or rank, or made from other weights.
+    """
+    (name,) = model.active
+    method: Any = model.methods[name]
+    state, used, given = _read_official(Path(path)), set(), {}
+    for site in method.sites(model.sites()):
+        layer = site.path.removeprefix("model.")
+        if str(site.parameter).endswith("bias"):
+            used.add(f"{layer}.ALinear.bias")
+            given[f"adapter.{name}.{site.key}.value"] = _official(
+                state, f"{layer}.ALinear.bias", site.weight.shape, path
+            )
+            continue
+        rows, columns = site.weight.shape
+        shapes = {"weight_residual": (rows, columns), "ALinear.weight": (rows, method.rank),
+                  "BLinear.weight": (method.rank, columns)}  # fmt: skip
+        residual, up, down = (_official(state, f"{layer}.{n}", shape, path) for n, shape in shapes.items())
+        used |= {f"{layer}.{n}" for n in shapes}
+        up_start, down_start = _taken_out(site, residual, method.rank, path)
+        tensors = {
+            "up": up.t(),
+            "down": down,
+            "up_start": up_start,
+            "down_start": down_start,
+            "damping": torch.zeros(()),
+        }
+        given |= {f"adapter.{name}.{site.key}.{n}": t for n, t in tensors.items()}
+        if site.bias is not None and not method.bias:
+            bias = _official(state, f"{layer}.ALinear.bias", site.bias.weight.shape, path)
+            if not torch.equal(bias, site.bias.weight.to(bias)):
+                raise RequestError(f"{path}: {layer} has a trained bias; attach CorDA(bias=True)")
+            used.add(f"{layer}.ALinear.bias")
+    adapted = ("weight_residual", "ALinear.weight", "BLinear.weight", "ALinear.bias")
+    if extra := sorted(n for n in state.keys() - used if n.endswith(adapted)):
+        raise RequestError(f"{path}: {len(extra)} tensors of layers that are not adapted here (first: {extra[0]})")
+    _fill(model, f"adapter.{name}.", given, str(path))
+    return sorted(state.keys() - used)
+
+
+def _read_official(path: Path) -> dict[str, Tensor]:
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files:
+        raise RequestError(f"{path}: a folder without .safetensors files")
+    return {n.removeprefix("model."): t for file in files for n, t in weights.read(file).items()}
+
+
+def _official(state: dict[str, Tensor], name: str, shape: Sequence[int], path: str | os.PathLike) -> Tensor:
+    if name not in state or state[name].shape != tuple(shape):
+        what = "is missing" if name not in state else f"is {tuple(state[name].shape)}"
+        raise RequestError(f"{path}: {name} {what}; this CorDA needs {tuple(shape)}")
+    return state[name]
+
+
+def _taken_out(site: Site, residual: Tensor, rank: int, path: str | os.PathLike) -> tuple[Tensor, Tensor]:
+    """The part (r, rows), (r, fan_in) of the weight here that a file's residual lacks."""
+    weight = site.weight.detach().cpu().float()
+    missing = weight - residual.float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        left, values, right = torch.svd_lowrank(missing, q=min(rank + 8, *missing.shape), niter=4)
+    left, values, right = left[:, :rank], values[:rank].sqrt(), right[:, :rank]
+    up, down = (left * values).t(), (right * values).t()
+    rounding = max(1e-5, 2 * torch.finfo(residual.dtype).eps, 2 * torch.finfo(site.weight.dtype).eps)
+    if (off := float((missing - up.t() @ down).norm() / weight.norm())) > rounding:
+        raise RequestError(
+            f"{path}: the residual of {site.path} differs from the weight here by more than rank {rank} (by {off:.1e} "
+            "of its norm): made from another model"
+        )
+    return up, down

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from shared.adapted import adapt
+from shared.blocks.decomposition import damp, decompose, without_smallest
 from shared.methods import CorDA
-from shared.methods.corda import damp, decompose, without_smallest
 from shared.sites import Site, Sites
 from shared.statistics import SecondMoment, collect
 
