@@ -94,7 +94,8 @@ class SoKA(Method):
         built = {}
         for site in sites:
             shape = self._shape(site)
-            rank, looked_at = min(self.rank_max, shape.most), min(self.rank_max + 1, shape.most)
+            rank = max(self.rank_min, min(self.rank_max, shape.most))  # refused where not even the least fits
+            looked_at = min(self.rank_max + 1, shape.most)
             built[site.key] = KroneckerSum(shape, rank, looked_at, taken=self.source == "weight", where=site.key)
         if self.source == "gradient" or any(site.weight.is_meta for site in sites):
             return built
