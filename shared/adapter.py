@@ -55,10 +55,11 @@ class WeightAdapter(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no delta")
 
     def resize(self, rank: int) -> None:
-        """Zeros of another rank in the ``ranked`` tensors, which stay the same parameters and buffers."""
+        """Zeros in the ``ranked`` tensors where they are of another rank; they stay the same parameters and buffers."""
         for name in self.ranked:
             tensor = getattr(self, name)
-            tensor.data = tensor.data.new_zeros(rank, *tensor.shape[1:])
+            if len(tensor) != rank:
+                tensor.data = tensor.data.new_zeros(rank, *tensor.shape[1:])
 
     def factors(self) -> Factors | None:
         """The change as a product of two small matrices, where it is one."""
