@@ -107,6 +107,17 @@ def damp(moment: Tensor, where: str = "weight") -> tuple[Tensor, float]:
         damping *= 2
 
 
+def leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first ``count`` left vectors (P, k), values (k,) and right vectors (Q, k) by a randomised SVD (Halko,
+    Martinsson and Tropp, 2011) with a seed of its own: alike at every call, and no random state is changed."""
+    cuda = matrix.is_cuda
+    with torch.random.fork_rng(devices=[matrix.device] if cuda else []):
+        generator = torch.cuda.default_generators[matrix.device.index] if cuda else torch.default_generator
+        generator.manual_seed(0)  # torch.manual_seed would also seed every other accelerator
+        left, values, right = torch.svd_lowrank(matrix, q=min(2 * count + 16, *matrix.shape), niter=6)
+    return left[:, :count], values[:count], right[:, :count]
+
+
 def without_smallest(
     weight: Tensor, rank: int, moment: Tensor | None = None, precision: Precision = "float64"
 ) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.adapter import WeightAdapter
+from shared.blocks.decomposition import leading
 from shared.errors import RequestError
 
 EXACT = 1024  # up to this side of the rearranged matrix the whole SVD is taken, above it a randomised one
@@ -75,7 +76,7 @@ class Spectrum(NamedTuple):
 def decompose(matrix: Tensor, shape: Shape, count: int, where: str = "weight") -> Spectrum:
     """The first ``count`` components (fewer where the matrix has fewer), in float32 or wider.
 
-    Exact up to a side of ``EXACT``; above it a randomised SVD with a seed of its own, alike at every call.
+    Exact up to a side of ``EXACT``; above it randomised (see ``leading``).
     """
     matrix = matrix.detach()
     rearranged = shape.rearrange(matrix if matrix.dtype == torch.float64 else matrix.float())
@@ -86,9 +87,7 @@ def decompose(matrix: Tensor, shape: Shape, count: int, where: str = "weight") -
         left, values, right = torch.linalg.svd(rearranged, full_matrices=False)
         right = right.mT
     else:
-        with torch.random.fork_rng(devices=[rearranged.device] if rearranged.is_cuda else []):
-            torch.manual_seed(0)
-            left, values, right = torch.svd_lowrank(rearranged, q=min(2 * count + 16, shape.most), niter=6)
+        left, values, right = leading(rearranged, count)
     left, values, right = left[:, :count], values[:count], right[:, :count]
     a, b = ((side * values.sqrt()).t() for side in (left, right))
     energy = float(rearranged.double().square().sum())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shared import store, weights
 from shared.adapter import WeightAdapter
-from shared.blocks.decomposition import Decomposition, Precision, Sides, Split, decompose, linears
+from shared.blocks.decomposition import Decomposition, Precision, Sides, Split, decompose, leading, linears
 from shared.blocks.low_rank import Replacement
 from shared.errors import RequestError
 from shared.method import Method
@@ -64,8 +64,8 @@ class CorDA(Method):
     samples: int = 256
     divisor: int | None = 256
     balance: bool = False
-    singular_values: Sides = "both"
-    precision: Precision = "float64"
+    singular_values: Literal["both", "up", "down"] = "both"
+    precision: Literal["float64", "float32"] = "float64"
     bias: bool = False
     start: str | None = None
     at_a_time: int | None = None
@@ -233,11 +233,8 @@ def _taken_out(site: Site, residual: Tensor, rank: int, path: str | os.PathLike)
     """The part (r, rows), (r, fan_in) of the weight here that a file's residual lacks."""
     weight = site.weight.detach().cpu().float()
     missing = weight - residual.float()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        left, values, right = torch.svd_lowrank(missing, q=min(rank + 8, *missing.shape), niter=4)
-    left, values, right = left[:, :rank], values[:rank].sqrt(), right[:, :rank]
-    up, down = (left * values).t(), (right * values).t()
+    left, values, right = leading(missing, rank)
+    up, down = (left * values.sqrt()).t(), (right * values.sqrt()).t()
     rounding = max(1e-5, 2 * torch.finfo(residual.dtype).eps, 2 * torch.finfo(site.weight.dtype).eps)
     if (off := float((missing - up.t() @ down).norm() / weight.norm())) > rounding:
         raise RequestError(
