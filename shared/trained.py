@@ -58,7 +58,8 @@ def load(model: Any, given: Mapping[str, Tensor], source: str) -> None:
     mine, ranks = state(model), _ranks(model, given)
     fitting = {n: t.shape for n, t in mine.items()}
     for prefix, module, rank in ranks:
-        fitting |= {f"{prefix}{n}": (rank, *fitting[f"{prefix}{n}"][1:]) for n in module.ranked}
+        names = [f"{prefix}{n}" for n in module.ranked if f"{prefix}{n}" in mine]
+        fitting |= {n: (rank, *mine[n].shape[1:]) for n in names}
     missing, extra = sorted(mine.keys() - given.keys()), sorted(given.keys() - mine.keys())
     shapes = [n for n in mine if n in given and given[n].shape != fitting[n]]
     if missing or extra or shapes or not given:

@@ -51,7 +51,8 @@ class SoKA(Method):
         categories=("reparameterised/low-rank", "reparameterised/dynamic rank"), acts_on="weights", form="parallel",
         mergeable="yes", spec="soka",
         trains="rank_max * ((factors[0] * factors[1] + rows * columns // (factors[0] * factors[1])) if factors else"
-        " (divisor(rows) * divisor(columns) + rows * columns // (divisor(rows) * divisor(columns))))",
+        " (largest_divisor(rows) * largest_divisor(columns)"
+        " + rows * columns // (largest_divisor(rows) * largest_divisor(columns))))",
         why="the rank is chosen once, from the spectrum; trains is the most there can be",
     )  # fmt: skip
 

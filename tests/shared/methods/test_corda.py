@@ -72,6 +72,20 @@ def test_the_start_is_the_identity(mode, rank):
     assert torch.allclose(model(x), bare, atol=1e-6)  # in training
 
 
+@pytest.mark.parametrize("tokens", [2, 400])  # beside the product, folded into the weight
+def test_a_backbone_in_half_precision_starts_as_it_is(tokens):
+    torch.manual_seed(3)
+    model: Any = adapt(nn.Linear(12, 9).bfloat16(), CorDA(rank=3))
+    model.prepare([x.bfloat16() for x in calibration()], lambda batch: model(batch).float().sum())
+    x = torch.randn(tokens, 12).bfloat16()
+    with model.disabled():
+        bare = model(x)
+    with torch.no_grad():
+        assert torch.equal(model(x), bare)
+    assert (model(x) - bare).abs().max() <= 2**-7 * bare.abs().max()
+    assert model.bank["default"]["model"].up.dtype == torch.float32
+
+
 def test_all_components_leave_no_residual():
     weight, _, adapter = prepared(mode="ipa", rank=9)
     assert residual(weight, adapter).abs().max() < 1e-5
