@@ -6,6 +6,7 @@ SVD (Van Loan and Pitsianis, 1993), and the start from the weight, as PiSSA has 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ class SoKA(Method):
         if self.source != "gradient":
             return
         bank: Any = model.bank[name]
-        chosen = [batch for batch, _ in zip(batches, range(self.batches), strict=False)]
+        chosen = list(itertools.islice(batches, self.batches))
         if not chosen:
             raise RequestError("calibration: there is no batch")
         gradients = _gradients(model, self.sites(model.sites()), chosen, loss)
