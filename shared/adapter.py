@@ -41,7 +41,10 @@ class WeightAdapter(nn.Module):
     """A change of a frozen tensor. The core decides how it is applied: folded, beside the product, or merged.
 
     Subclasses give ``delta``; those whose value is not a sum override ``forward``.
+    ranked: names of the tensors whose first axis is a rank that weights or data decide; a file brings its own.
     """
+
+    ranked: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,6 +53,13 @@ class WeightAdapter(nn.Module):
     def delta(self, weight: Tensor) -> Tensor:
         """The change of ``weight`` (the rows of this site), of its shape."""
         raise NotImplementedError(f"{type(self).__name__} has no delta")
+
+    def resize(self, rank: int) -> None:
+        """Zeros in the ``ranked`` tensors where they are of another rank; they stay the same parameters and buffers."""
+        for name in self.ranked:
+            tensor = getattr(self, name)
+            if len(tensor) != rank:
+                tensor.data = tensor.data.new_zeros(rank, *tensor.shape[1:])
 
     def factors(self) -> Factors | None:
         """The change as a product of two small matrices, where it is one."""

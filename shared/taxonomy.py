@@ -34,7 +34,7 @@ class Record:
     categories: the first is the main one.  acts_on: what it changes.  form: how it stands to the frozen computation.
     mergeable: into the frozen weights, with no cost afterwards ("conditional": for some of its settings).
     trains: the number of its parameters at one site, as a Python expression in ``rows`` and ``columns`` of the adapted
-    matrix, ``size`` of the tensor, ``site``, and the method's own arguments.
+    matrix, ``size`` of the tensor, ``site``, the method's own arguments, and ``largest_divisor``.
     once: the same for what all sites share, in ``sites`` (their number) and the arguments.
     needs: what it looks at before training.  backward: whether a training step goes back through the frozen model.
     modality: the package it is for, "any" for all.  spec: its system, empty where it has none.
@@ -82,7 +82,10 @@ def count(record: Record, method: Any, sites: Any) -> int:
     """The number of parameters that the record's formulas give for ``method`` at the selected ``sites``."""
     import math
 
+    from shared.blocks.kronecker import largest_divisor
+
     allowed = {"__builtins__": {}, "min": min, "max": max, "int": int, "len": len, "str": str, "ceil": math.ceil}
+    allowed["largest_divisor"] = largest_divisor
     arguments = {name: getattr(method, name) for name in method.__dataclass_fields__}
     total = eval(record.once, allowed, arguments | {"sites": len(sites)})  # our own source, not a user's
     for site in sites:

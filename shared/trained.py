@@ -51,13 +51,17 @@ def state(model: Any) -> dict[str, Tensor]:
 
 
 def load(model: Any, given: Mapping[str, Tensor], source: str) -> None:
-    """Copy tensors in, all or none.
+    """Copy tensors in, all or none; adapters whose rank was decided by weights or data take that of their tensors.
 
     Raises RequestError that says how many fit where a name is missing or unknown, or a shape is another.
     """
-    mine = state(model)
+    mine, ranks = state(model), _ranks(model, given)
+    fitting = {n: t.shape for n, t in mine.items()}
+    for prefix, module, rank in ranks:
+        names = [f"{prefix}{n}" for n in module.ranked if f"{prefix}{n}" in mine]
+        fitting |= {n: (rank, *mine[n].shape[1:]) for n in names}
     missing, extra = sorted(mine.keys() - given.keys()), sorted(given.keys() - mine.keys())
-    shapes = [n for n in mine if n in given and mine[n].shape != given[n].shape]
+    shapes = [n for n in mine if n in given and given[n].shape != fitting[n]]
     if missing or extra or shapes or not given:
         problems = [
             f"{len(v)} {what} (first: {v[0]})"
@@ -68,6 +72,19 @@ def load(model: Any, given: Mapping[str, Tensor], source: str) -> None:
         raise RequestError(
             f"{source}: {used} of its {len(given)} tensors fit this model; {', '.join(problems) or 'it is empty'}"
         )
+    for _, module, rank in ranks:
+        module.resize(rank)
+    mine = state(model)
     with torch.no_grad():
         for name, tensor in given.items():
             mine[name].copy_(tensor)
+
+
+def _ranks(model: Any, given: Mapping[str, Tensor]) -> list[tuple[str, Any, int]]:
+    """The active adapters with ranked tensors, by the prefix of their names, and the rank that the given ones have."""
+    found = []
+    for path, module in model.bank.named_modules():
+        first = given.get(f"adapter.{path}.{module.ranked[0]}") if getattr(module, "ranked", ()) else None
+        if first is not None and path.partition(".")[0] in model.active and first.ndim and len(first):
+            found.append((f"adapter.{path}.", module, len(first)))
+    return found

@@ -2,6 +2,7 @@
 
 from shared.methods.adapt_former import AdaptFormer as AdaptFormer
 from shared.methods.bitfit import BitFit as BitFit
+from shared.methods.corda import CorDA as CorDA
 from shared.methods.full import Full as Full
 from shared.methods.ia3 import IA3 as IA3
 from shared.methods.llm_adapters import ParallelAdapter as ParallelAdapter
@@ -11,4 +12,5 @@ from shared.methods.norm_tuning import NormTuning as NormTuning
 from shared.methods.prefix import Prefix as Prefix
 from shared.methods.probe import Probe as Probe
 from shared.methods.prompts import Prompt as Prompt
+from shared.methods.soka import SoKA as SoKA
 from shared.methods.ssf import SSF as SSF
