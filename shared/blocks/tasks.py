@@ -13,6 +13,8 @@ from shared.blocks.placement import on_output
 from shared.context import Context
 from shared.errors import RequestError
 
+ALL = "all"  # the branch that serves every task
+
 
 def task_of(context: Context, tasks: Iterable[str]) -> str:
     """The task of this call: ``context.task``, or the only one there is. Raises RequestError where it is not known."""
@@ -25,15 +27,18 @@ def task_of(context: Context, tasks: Iterable[str]) -> str:
 
 
 def check_tasks(method: str, tasks: Sequence[str]) -> None:
-    """Raises RequestError where there is no task, or where a name is empty, given twice, or has a dot."""
-    if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks) or any(not t or "." in t for t in tasks):
-        raise RequestError(f"{method} tasks {tasks!r}: give one or more different names without dots")
+    """Raises RequestError where there is no task, or where a name is empty, given twice, "all", or has a dot."""
+    bad = isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks)
+    if bad or any(not task or "." in task or task == ALL for task in tasks):
+        raise RequestError(
+            f"{method} tasks {tasks!r}: give one or more different names without dots, none of them {ALL!r}"
+        )
 
 
 class AfterByTask(Adapter):
     """``y + after(branch(before(y)))`` with the call's branch: series, on the output.
 
-    branches: by task; the only one serves every call.  before, after: norms of the branch that all tasks share.
+    branches: by task, or one named ``ALL``.  before, after: norms of the branch that all tasks share.
     """
 
     def __init__(
@@ -44,7 +49,7 @@ class AfterByTask(Adapter):
         self.before, self.after = before or nn.Identity(), after or nn.Identity()
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        branch = self.branches[task_of(self.context, self.branches)]
+        branch = self.branches[ALL if ALL in self.branches else task_of(self.context, self.branches)]
 
         def change(y: Tensor) -> Tensor:
             h = y.to(next(branch.parameters()).dtype)

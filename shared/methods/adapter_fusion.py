@@ -94,10 +94,13 @@ class Fusion(AtEnd):
     def change(self, z: Tensor) -> Tensor:
         h = z.to(self.query.weight.dtype)
         outputs = torch.stack([frozen(branch, h) for branch in self.members], dim=-2)  # (..., members, width)
-        scores = (self.query(h).unsqueeze(-2) * self.key(outputs)).sum(-1)
-        p = F.dropout(scores, self.dropout, self.training).softmax(-1)
         values = outputs if self.value is None else self.value(outputs)
-        return (p.unsqueeze(-1) * values).sum(-2).to(z.dtype)
+        return (self.attention(h, outputs).unsqueeze(-1) * values).sum(-2).to(z.dtype)
+
+    def attention(self, z: Tensor, outputs: Tensor) -> Tensor:
+        """The shares (..., members) of the members' outputs (..., members, width)."""
+        scores = (self.query(z).unsqueeze(-2) * self.key(outputs)).sum(-1)
+        return F.dropout(scores, self.dropout, self.training).softmax(-1)
 
 
 def frozen(branch: Bottleneck, x: Tensor) -> Tensor:
@@ -189,7 +192,7 @@ def _load(model: Adapted, name: str, path: Path) -> None:
     known = {field.name for field in dataclasses.fields(Pfeiffer)}
     if strange := sorted(method["arguments"].keys() - known):
         raise RequestError(f"{path}: Pfeiffer has no setting {strange[0]!r}")
-    model.add(Pfeiffer(**method["arguments"]), name=name, example=())
+    model.add(Pfeiffer(**method["arguments"]), name=name)
     model.load(path, head=False)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from shared.blocks.bottleneck import Bottleneck
 from shared.blocks.placement import sublayers
-from shared.blocks.tasks import AfterByTask, check_tasks
+from shared.blocks.tasks import ALL, AfterByTask, check_tasks
 from shared.errors import RequestError
 from shared.method import Method
 from shared.sites import Site, Sites
@@ -67,7 +67,7 @@ class VLAdapter(Method):
 
     def build(self, site: Site) -> AfterByTask:
         branches: dict[str, Bottleneck] = {}
-        for task in self.tasks if self.share != "all" else ("all",):
+        for task in self.tasks if self.share != "all" else (ALL,):
             branches[task] = branch = Bottleneck(
                 site.width, site.width, site.width // self.reduction, activation=self.activation, start=self.start,
                 where=site.key,
