@@ -30,9 +30,7 @@ def check_tasks(method: str, tasks: Sequence[str]) -> None:
     """Raises RequestError where there is no task, or where a name is empty, given twice, "all", or has a dot."""
     bad = isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks)
     if bad or any(not task or "." in task or task == ALL for task in tasks):
-        raise RequestError(
-            f"{method} tasks {tasks!r}: give one or more different names without dots, none of them {ALL!r}"
-        )
+        raise RequestError(f"{method} tasks {tasks!r}: give one or more different names without dots, none {ALL!r}")
 
 
 class AfterByTask(Adapter):
