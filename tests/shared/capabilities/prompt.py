@@ -1,4 +1,4 @@
 """Prompts, deep and shallow."""
 
-HOSTS = {"vit": {"count": 3}, "clip": {"count": 3, "deep": False}}
+HOSTS = {"vit": {"count": 3}, "clip": {"count": 3, "deep": False, "hidden": 5}}
 EXCLUDED = {"identity_at_start": "attention shares its weight with the new tokens"}
