@@ -25,6 +25,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 Start = Literal["zero", "normal"]
 
 
+def reduced(width: int, reduction: int, where: str) -> int:
+    """``width // reduction``. Raises RequestError where that is below 1, or the reduction is."""
+    if not 1 <= reduction <= width:
+        raise RequestError(f"reduction {reduction} at {where}: its width is {width}, so use 1 to {width}")
+    return width // reduction
+
+
 class Bottleneck(nn.Module):
     """``scale * up(act(down(dropout(x))))``: x (..., inputs) to (..., outputs), in float32 whatever flows.
 
@@ -35,6 +42,9 @@ class Bottleneck(nn.Module):
 
     Raises RequestError where the width is below 1 or the activation unknown.
     """
+
+    down: Any
+    up: Any
 
     def __init__(
         self, inputs: int, outputs: int, width: int, *, activation: str = "relu", bias: bool = True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,7 @@ class HyperNetwork(nn.Module):
                 nn.init.normal_(module.weight, std=deviation)
                 nn.init.zeros_(module.bias)
         if zero:
+            maps: Any
             for maps in self.generators.values():
                 nn.init.zeros_(maps["up/weight"].weight)
                 nn.init.zeros_(maps["up/bias"].weight)
@@ -64,7 +66,7 @@ class HyperNetwork(nn.Module):
         if self.kinds is not None:
             parts.append(self.kinds.weight[self.places.index(place)])
         e = self.norm(self.project(torch.cat(parts)))
-        maps = self.generators["all" if self.unique else place]
+        maps: Any = self.generators["all" if self.unique else place]
         return {name: maps[name.replace(".", "/")](e).reshape(shape) for name, shape in self.shapes.items()}
 
 

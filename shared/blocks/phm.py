@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,8 @@ class PHMLinear(nn.Module):
             nn.init.zeros_(self._parameters["weight" if rank is None else "right"])  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.left @ self.right if "left" in self._parameters else self.weight
+        parts: Any = self._parameters
+        weight = parts["left"] @ parts["right"] if "left" in parts else parts["weight"]
         h = torch.einsum("iab,icd->acbd", self.rule(), weight)
         return x @ h.flatten(2).flatten(0, 1) + self.bias
 

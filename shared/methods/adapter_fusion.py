@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import store
-from shared.blocks.bottleneck import Bottleneck
+from shared.blocks.bottleneck import Bottleneck, reduced
 from shared.blocks.placement import AtEnd, ends
 from shared.errors import RequestError
 from shared.method import Method
@@ -55,17 +55,18 @@ class Pfeiffer(Method):
     start: Literal["normal", "zero"] = "normal"
     depth: str | int | Sequence[int] = "all"
 
-    def __post_init__(self) -> None:
-        if self.reduction < 1:
-            raise RequestError(f"Pfeiffer reduction {self.reduction}: use at least 1")
-
     def sites(self, sites: Sites) -> Sites:
         return ends(sites, self.depth)
 
     def build(self, site: Site) -> BranchAtEnd:
         width = site.width
         branch = Bottleneck(
-            width, width, width // self.reduction, activation=self.activation, start=self.start, where=site.key
+            width,
+            width,
+            reduced(width, self.reduction, site.key),
+            activation=self.activation,
+            start=self.start,
+            where=site.key,
         )
         return BranchAtEnd(branch, site.role == "norm")
 
@@ -173,7 +174,7 @@ class AdapterFusion(Method):
             module.__dict__["members"] = tuple(branches)  # not as submodules: they are the members' own
 
     def penalty(self, adapters: Mapping[str, nn.Module]) -> Tensor | None:
-        weights = [fusion.value.weight for fusion in adapters.values() if fusion.value is not None]  # type: ignore[union-attr]
+        weights: list[Any] = [fusion.value.weight for fusion in adapters.values() if fusion.value is not None]  # type: ignore[union-attr]
         if not self.regularisation or not weights:
             return None
         return self.regularisation * torch.stack([distance(weight) for weight in weights]).sum()

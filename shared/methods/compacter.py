@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from shared.blocks.bottleneck import Bottleneck
+from shared.blocks.bottleneck import Bottleneck, reduced
 from shared.blocks.phm import LowRankLinear, PHMLinear, PHMRule
 from shared.blocks.placement import After, sublayers
 from shared.errors import RequestError
@@ -50,9 +50,8 @@ class Compacter(Method):
     depth: str | int | Sequence[int] = "all"
 
     def __post_init__(self) -> None:
-        for name, value in (("n", self.n), ("reduction", self.reduction)):
-            if value < 1:
-                raise RequestError(f"Compacter {name} {value}: use at least 1")
+        if self.n < 1:
+            raise RequestError(f"Compacter n {self.n}: use at least 1")
 
     def sites(self, sites: Sites) -> Sites:
         return sublayers(sites, self.depth, tuple(self.sublayers))
@@ -68,7 +67,7 @@ class Compacter(Method):
         return PHMRule(self.n, factorised=self.factorised_rule, deviation=self.rule_deviation)
 
     def _after(self, site: Site, shared: PHMRule | None) -> After:
-        wide, narrow, zero = site.width, site.width // self.reduction, self.start == "zero"
+        wide, narrow, zero = site.width, reduced(site.width, self.reduction, site.key), self.start == "zero"
         down = PHMLinear(wide, narrow, shared or self._rule(), rank=self.rank, where=site.key)
         up = PHMLinear(narrow, wide, shared or self._rule(), rank=self.rank, zero=zero, where=site.key)
         return After(Bottleneck(wide, wide, narrow, activation=self.activation, where=site.key, layers=(down, up)))
@@ -94,15 +93,11 @@ class LowRankAdapter(Method):
     sublayers: Sequence[Literal["attention", "mlp"]] = ("attention", "mlp")
     depth: str | int | Sequence[int] = "all"
 
-    def __post_init__(self) -> None:
-        if self.reduction < 1:
-            raise RequestError(f"LowRankAdapter reduction {self.reduction}: use at least 1")
-
     def sites(self, sites: Sites) -> Sites:
         return sublayers(sites, self.depth, tuple(self.sublayers))
 
     def build(self, site: Site) -> After:
-        wide, narrow, zero = site.width, site.width // self.reduction, self.start == "zero"
+        wide, narrow, zero = site.width, reduced(site.width, self.reduction, site.key), self.start == "zero"
         down = LowRankLinear(wide, narrow, self.rank, where=site.key)
         up = LowRankLinear(narrow, wide, self.rank, zero=zero, where=site.key)
         return After(Bottleneck(wide, wide, narrow, activation=self.activation, where=site.key, layers=(down, up)))

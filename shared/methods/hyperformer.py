@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.adapter import Adapter
+from shared.blocks.bottleneck import reduced
 from shared.blocks.hypernetwork import HyperNetwork, bottleneck
 from shared.blocks.placement import on_output, sublayers
 from shared.blocks.tasks import check_tasks, task_of
@@ -76,7 +77,7 @@ class Hyperformer(Method):
 
     def __post_init__(self) -> None:
         check_tasks("Hyperformer", self.tasks)
-        for name in ("reduction", "embedding", "hidden", "projected"):
+        for name in ("embedding", "hidden", "projected"):
             if getattr(self, name) < 1:
                 raise RequestError(f"Hyperformer {name} {getattr(self, name)}: use at least 1")
 
@@ -85,8 +86,6 @@ class Hyperformer(Method):
         if len(widths := sorted({site.width for site in chosen})) > 1:
             raise RequestError(f"sites of {sites.owner} have widths {', '.join(map(str, widths))}: Hyperformer "
                                "generates one; choose a depth of one width")  # fmt: skip
-        if widths[0] // self.reduction < 1:
-            raise RequestError(f"Hyperformer reduction {self.reduction}: use at most the width {widths[0]}")
         return chosen
 
     def example(self) -> dict[str, Any]:
@@ -106,10 +105,11 @@ class Hyperformer(Method):
         return {site.key: found[site.key] for site in sites}
 
     def _network(self, stack: Sequence[Site], layers: int, embeddings: nn.Parameter) -> HyperNetwork:
-        width, here = stack[0].width, {place_of(site) for site in stack}
+        width, inner = stack[0].width, reduced(stack[0].width, self.reduction, stack[0].key)
+        here = {place_of(site) for site in stack}
         norms = [name for name, on in (("before", self.norm_before), ("after", self.norm_after)) if on]
         return HyperNetwork(
-            embeddings, layers, [place for place in PLACES if place in here], width, width // self.reduction,
+            embeddings, layers, [place for place in PLACES if place in here], width, inner,
             hidden=self.hidden, projected=self.projected, unique=self.unique, norms=norms, deviation=self.deviation,
             zero=self.start == "zero",
         )  # fmt: skip

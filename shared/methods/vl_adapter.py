@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from shared.blocks.bottleneck import Bottleneck
+from shared.blocks.bottleneck import Bottleneck, reduced
 from shared.blocks.placement import sublayers
 from shared.blocks.tasks import ALL, AfterByTask, check_tasks
 from shared.errors import RequestError
@@ -56,8 +56,6 @@ class VLAdapter(Method):
             raise RequestError(f"VLAdapter share {self.share!r}: use all, down, up or none")
         if self.share != "all" or self.tasks:
             check_tasks("VLAdapter", self.tasks)
-        if self.reduction < 1:
-            raise RequestError(f"VLAdapter reduction {self.reduction}: use at least 1")
 
     def sites(self, sites: Sites) -> Sites:
         return sublayers(sites, self.depth, tuple(self.sublayers))
@@ -69,8 +67,8 @@ class VLAdapter(Method):
         branches: dict[str, Bottleneck] = {}
         for task in self.tasks if self.share != "all" else (ALL,):
             branches[task] = branch = Bottleneck(
-                site.width, site.width, site.width // self.reduction, activation=self.activation, start=self.start,
-                where=site.key,
+                site.width, site.width, reduced(site.width, self.reduction, site.key), activation=self.activation,
+                start=self.start, where=site.key,
             )  # fmt: skip
             first = next(iter(branches.values()))
             if self.share == "down":
