@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,15 +60,8 @@ class Pfeiffer(Method):
         return ends(sites, self.depth)
 
     def build(self, site: Site) -> BranchAtEnd:
-        width = site.width
-        branch = Bottleneck(
-            width,
-            width,
-            reduced(width, self.reduction, site.key),
-            activation=self.activation,
-            start=self.start,
-            where=site.key,
-        )
+        width, inner = site.width, reduced(site.width, self.reduction, site.key)
+        branch = Bottleneck(width, width, inner, activation=self.activation, start=self.start, where=site.key)
         return BranchAtEnd(branch, site.role == "norm")
 
 
@@ -183,6 +177,27 @@ class AdapterFusion(Method):
 def distance(value: Tensor) -> Tensor:
     """``|I - V|^2``, the sum of squares."""
     return (torch.eye(len(value), device=value.device) - value).square().sum()
+
+
+def from_adapter_hub(name: str, sites: Sequence[str]) -> str | None:
+    """Our tensor name, below the adapter, for one of AdapterHub's, of a ``Pfeiffer`` or of a fusion; None for others.
+
+    Names are those of BERT's kin: ``...layer.<i>.output.adapters.<adapter>.adapter_down.0.weight``,
+    ``...layer.<i>.output.adapter_fusion_layer.<adapters>.query.weight``.  sites: the adapter's site keys in order.
+
+    Raises RequestError where the layer is none of the sites.
+    """
+    found = re.search(
+        r"\.(\d+)\.output\.(?:adapters\.[^.]+\.adapter_(down|up)(?:\.0)?|adapter_fusion_layer\.[^.]+\.(query|key|value))"
+        r"\.(weight|bias)$",
+        name,
+    )
+    if found is None:
+        return None
+    layer, branch, part, tensor = found.groups()
+    if int(layer) >= len(sites):
+        raise RequestError(f"{name}: the adapter has {len(sites)} sites, no layer {layer}")
+    return f"{sites[int(layer)]}.{f'branch.{branch}' if branch else part}.{tensor}"
 
 
 def _load(model: Adapted, name: str, path: Path) -> None:

@@ -10,7 +10,7 @@ from shared import store
 from shared.adapted import Adapted, adapt
 from shared.errors import RequestError, WorkError
 from shared.methods import AdapterFusion, LoRA, Pfeiffer
-from shared.methods.adapter_fusion import distance, frozen
+from shared.methods.adapter_fusion import distance, from_adapter_hub, frozen
 from shared.sites import Site, Sites
 from tests.shared.hosts import HOSTS
 from tests.shared.test_capabilities import CAPABILITIES, excluded, out, rows
@@ -290,6 +290,25 @@ def test_wrong_settings_are_one_line(setting):
     for reduction in (0, 17):
         with pytest.raises(RequestError, match=f"reduction {reduction} at .*: its width is 16, so use 1 to 16"):
             with_members("bert", ("a",), reduction=reduction)
+
+
+def test_names_of_adapter_hub_are_ours():
+    model, _ = with_members("bert", ("a", "b"))
+    model.add(AdapterFusion(members={"a": None, "b": None}), name="fusion")
+    theirs = [
+        f"bert.encoder.layer.{i}.output.adapters.sst.{part}.{tensor}"
+        for i in range(2) for part in ("adapter_down.0", "adapter_up") for tensor in ("weight", "bias")
+    ]  # fmt: skip
+    keys = list(model.bank["a"])
+    assert {from_adapter_hub(n, keys) for n in theirs} == {n for n, _ in model.bank["a"].named_parameters()}
+    theirs = [
+        f"bert.encoder.layer.{i}.output.adapter_fusion_layer.a,b.{part}"
+        for i in range(2) for part in ("query.weight", "query.bias", "key.weight", "key.bias", "value.weight")
+    ]  # fmt: skip
+    assert {from_adapter_hub(n, keys) for n in theirs} == {n for n, _ in model.bank["fusion"].named_parameters()}
+    assert from_adapter_hub("bert.encoder.layer.0.output.dense.weight", keys) is None
+    with pytest.raises(RequestError, match="the adapter has 2 sites, no layer 7"):
+        from_adapter_hub("bert.encoder.layer.7.output.adapters.sst.adapter_up.bias", keys)
 
 
 class Fused:
