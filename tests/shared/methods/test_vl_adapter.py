@@ -254,6 +254,17 @@ def test_a_prompt_made_by_a_network():
     expected = torch.tanh(encoder.embeddings @ first.weight.T + first.bias) @ last.weight.T + last.bias
     assert torch.allclose(encoder(), expected, atol=1e-6)
     assert sum(p.numel() for p in PromptEncoder(40, 768, 800).parameters()) == 40 * 768 + 800 * 769 + 768 * 801
+    backbone, inputs, _ = HOSTS["vit"]()
+    model = adapt(backbone, Prompt(count=3, hidden=5))
+    method = Prompt(count=3, hidden=5)
+    assert model.count()["adapter"] == taxonomy.count(method.record, method, method.sites(backbone.sites()))
+    assert model.count()["adapter"] == 4 * (3 * 24 + 5 * 25 + 24 * 6)
+    free = noisy(adapt(HOSTS["vit"]()[0], Prompt(count=3)))
+    with torch.no_grad():
+        for key, made in noisy(model).bank["default"].items():
+            free.bank["default"][key].tokens.copy_(made.encoder())
+    free.backbone.load_state_dict(backbone.state_dict())
+    assert torch.equal(out(model, inputs), out(free, inputs))
     with pytest.raises(RequestError, match="prompt of 10 tokens, 0 channels inside"):
         adapt(HOSTS["vit"]()[0], Prompt(hidden=0))
 
