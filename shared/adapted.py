@@ -92,10 +92,11 @@ class Adapted(nn.Module):
         if chosen is not None and not len(chosen):
             raise RequestError(f"{type(method).__name__} attaches to zero sites of {self.backbone_name}")
         modules = self._build(method, chosen)
-        before = self.state.active
-        self.bank[name] = Bank(modules)
-        self.methods[name] = method
+        before, known = self.state.active, tuple(self.methods)
         try:
+            method.connect(self, modules)
+            self.bank[name] = Bank(modules)
+            self.methods[name] = method
             for site in chosen or ():
                 attach(site, modules[site.key], name, self.state)
             self.activate(name)
@@ -104,7 +105,8 @@ class Adapted(nn.Module):
             if example is not None and modules:
                 prove(self, name, example)
         except Exception:
-            self.remove(name)
+            for added in [n for n in self.methods if n not in known][::-1]:
+                self.remove(added)
             self.state.active = before
             raise
         if method.trains_backbone:
@@ -128,6 +130,8 @@ class Adapted(nn.Module):
     def remove(self, name: str = "default") -> None:
         """Take an adapter off; the last one gone, the backbone is bit for bit what it was."""
         self._known(name)
+        if users := [user for user, method in self.methods.items() if name in method.uses]:
+            raise RequestError(f"adapter {name!r} is in use: {users[0]!r} works through it; remove that one first")
         self.unmerge()
         for host in self.backbone.modules():
             if "_port" in host.__dict__:
@@ -299,12 +303,14 @@ class Adapted(nn.Module):
         """Write the active adapter and the head to one adapter file, with metrics and further JSON-able facts."""
         store.save_adapter(self, path, metrics or {}, extra or {})
 
-    def load(self, path: str | os.PathLike, *, other_backbone: bool = False) -> dict[str, Any]:
+    def load(self, path: str | os.PathLike, *, other_backbone: bool = False, head: bool = True) -> dict[str, Any]:
         """Fill the active adapter and the head from a file or ``hf://owner/name``, strictly, and return its header.
+
+        head: whether the file's head is taken too; if not, the model's own stays as it is.
 
         Raises RequestError where the file is for another backbone (unless asked for), another method, or does not fit.
         """
-        return store.load_adapter(self, path, other_backbone)
+        return store.load_adapter(self, path, other_backbone, head)
 
 
 def trainable(model: Adapted) -> dict[str, nn.Parameter]:

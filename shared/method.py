@@ -40,6 +40,21 @@ class Method:
         """The modules of all sites by key; override it where sites share modules or depend on their order."""
         return {site.key: self.build(site) for site in sites}
 
+    def connect(self, model: Adapted, modules: Mapping[str, nn.Module]) -> None:
+        """Called once the modules are built, before they act: takes what they need of the model's other adapters.
+
+        Those of ``uses`` that are not there it may add; they are taken off again where attaching fails.
+        """
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """Names of other adapters of the model that this one works through: they cannot be removed before it."""
+        return ()
+
+    def example(self) -> dict[str, Any]:
+        """What the proof of effect tells the adapters, where a call has to (such as its task)."""
+        return {}
+
     def starts_from_data(self) -> bool:
         """Whether ``prepare`` must have been called before training."""
         return type(self).prepare is not Method.prepare

@@ -27,6 +27,7 @@ def prove(model: Any, name: str, example: Sequence[Any]) -> None:
     if any(t.device.type == "meta" for t in (*tensors, *model.parameters())):
         return
     with _perturbed(model, modules):
+        vars(model.context).update(model.methods[name].example())
         for module in modules.values():
             module.train()
         with torch.enable_grad():

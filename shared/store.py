@@ -131,8 +131,11 @@ def save_adapter(model: Any, path: str | os.PathLike, metrics: Mapping[str, floa
     save(path, {_swap(n, prefix, "adapter."): t for n, t in model.trained_state().items()}, header)
 
 
-def load_adapter(model: Any, path: str | os.PathLike, other_backbone: bool) -> dict[str, Any]:
-    """Fill the one active adapter and the head from a file; nothing is changed where anything does not fit."""
+def load_adapter(model: Any, path: str | os.PathLike, other_backbone: bool, head: bool = True) -> dict[str, Any]:
+    """Fill the one active adapter and the head from a file; nothing is changed where anything does not fit.
+
+    head: whether the file's head is taken; if not, the model keeps its own.
+    """
     from shared.hub import local_file
 
     tensors, header = read(local_file(path))
@@ -146,6 +149,9 @@ def load_adapter(model: Any, path: str | os.PathLike, other_backbone: bool) -> d
     wanted, method = header["method"]["type"], type(model.methods[name]).__name__
     if method != wanted:
         raise RequestError(f"{path}: an adapter of method {wanted}; the active one is {method}")
+    if not head:
+        kept = {n: t for n, t in model.trained_state().items() if n.startswith("head.")}
+        tensors = {n: t for n, t in tensors.items() if not n.startswith("head.")} | kept
     prefix = f"adapter.{name}."
     model.load_trained_state({_swap(n, "adapter.", prefix): t for n, t in tensors.items()}, str(path))
     return header

@@ -35,7 +35,8 @@ class Record:
     mergeable: into the frozen weights, with no cost afterwards ("conditional": for some of its settings).
     trains: the number of its parameters at one site, as a Python expression in ``rows`` and ``columns`` of the adapted
     matrix, ``size`` of the tensor, ``site``, the method's own arguments, and ``largest_divisor``.
-    once: the same for what all sites share, in ``sites`` (their number) and the arguments.
+    once: the same for what all sites share, in ``sites``, ``depths`` and ``places`` (how many there are, of roles for
+    the last), the ``first`` site, and the arguments.
     needs: what it looks at before training.  backward: whether a training step goes back through the frozen model.
     modality: the package it is for, "any" for all.  spec: its system, empty where it has none.
     why: one sentence where the placement is debatable.
@@ -87,7 +88,9 @@ def count(record: Record, method: Any, sites: Any) -> int:
     allowed = {"__builtins__": {}, "min": min, "max": max, "int": int, "len": len, "str": str, "ceil": math.ceil}
     allowed["largest_divisor"] = largest_divisor
     arguments = {name: getattr(method, name) for name in method.__dataclass_fields__}
-    total = eval(record.once, allowed, arguments | {"sites": len(sites)})  # our own source, not a user's
+    shared = {"sites": len(sites), "depths": len({site.depth for site in sites}), "places": len(sites.roles)}
+    shared |= {"first": sites[0]} if len(sites) else {}
+    total = eval(record.once, allowed, arguments | shared)  # our own source, not a user's
     for site in sites:
         shape = site.weight.shape if site.parameter else (0,)
         facts = {"rows": shape[0], "columns": math.prod(shape[1:]), "size": math.prod(shape)}

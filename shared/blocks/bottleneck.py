@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn, ones
@@ -25,19 +25,31 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 Start = Literal["zero", "normal"]
 
 
+def reduced(width: int, reduction: int, where: str) -> int:
+    """``width // reduction``. Raises RequestError where that is below 1, or the reduction is."""
+    if not 1 <= reduction <= width:
+        raise RequestError(f"reduction {reduction} at {where}: its width is {width}, so use 1 to {width}")
+    return width // reduction
+
+
 class Bottleneck(nn.Module):
     """``scale * up(act(down(dropout(x))))``: x (..., inputs) to (..., outputs), in float32 whatever flows.
 
     width: channels inside.  scale: a number, or "learned" (a scalar that starts at 1).
     start: "zero" (down Kaiming-uniform with a = sqrt 5, up zero: adds nothing at first; He et al., 2022) or "normal"
     (both normal with deviation 0.02, biases zero).
+    layers: down and up in place of linear layers, as they start (``bias`` and ``start`` then say nothing).
 
     Raises RequestError where the width is below 1 or the activation unknown.
     """
 
+    down: Any
+    up: Any
+
     def __init__(
         self, inputs: int, outputs: int, width: int, *, activation: str = "relu", bias: bool = True,
         dropout: float = 0.0, start: Start = "zero", scale: float | Literal["learned"] = 1.0, where: str = "adapter",
+        layers: tuple[nn.Module, nn.Module] | None = None,
     ):  # fmt: skip
         super().__init__()
         if width < 1:
@@ -45,20 +57,21 @@ class Bottleneck(nn.Module):
         if activation not in ACTIVATIONS:
             raise RequestError(f"activation {activation!r} at {where}: use one of {', '.join(ACTIVATIONS)}")
         self.activation, self.dropout = activation, float(dropout)
-        self.down = nn.Linear(inputs, width, bias=bias)
-        self.up = nn.Linear(width, outputs, bias=bias)
+        self.down, self.up = layers or (nn.Linear(inputs, width, bias=bias), nn.Linear(width, outputs, bias=bias))
         self.scale = nn.Parameter(ones(())) if scale == "learned" else float(scale)
-        self._start(start)
+        if layers is None:
+            self._start(self.down, self.up, start)
 
-    def _start(self, start: Start) -> None:
-        for layer in (self.down, self.up):
+    @staticmethod
+    def _start(down: Any, up: Any, start: Start) -> None:
+        for layer in (down, up):
             nn.init.normal_(layer.weight, std=0.02)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
         if start == "zero":
-            nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
-            nn.init.zeros_(self.up.weight)
+            nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+            nn.init.zeros_(up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.dropout(x, self.dropout, self.training).to(self.down.weight.dtype)
+        h = F.dropout(x, self.dropout, self.training).to(next(self.down.parameters()).dtype)
         return (self.up(ACTIVATIONS[self.activation](self.down(h))) * self.scale).to(x.dtype)

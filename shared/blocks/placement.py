@@ -75,6 +75,37 @@ def _rows(y: Tensor, rows: tuple[int, int] | None) -> Tensor:
     return y if rows is None else y[..., rows[0] : rows[1]]
 
 
+class AtEnd(Adapter):
+    """``change(z)`` added to the stream where a block ends, z being the stream there.
+
+    normed: it stands around the norm that ends the block, so ``LN(s + change(LN(s)))`` for the sum s that the norm is
+    given; else around a block that ends without one, ``y + change(y)``. Subclasses give ``change``.
+    """
+
+    def __init__(self, normed: bool):
+        super().__init__()
+        self.normed = normed
+
+    def change(self, z: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} has no change")
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self.normed:
+            return on_output(base(*args, **kwargs), lambda y: y + self.change(y))
+        s, rest, kwargs = take(args, kwargs)
+        return base(s + self.change(base(s, *rest, **kwargs)), *rest, **kwargs)
+
+
+def ends(sites: Sites, depth: Any = "all") -> Sites:
+    """Where blocks end: the norm over the residual sum (tag "block_end") where the backbone has one, else the block."""
+    normed = any("block_end" in site.tags for site in sites)
+    chosen = sites.select("norm", depth, "block_end") if normed else sites.select("block", depth)
+    chosen = Sites([site for site in chosen if site.parameter in (None, "weight")], sites.owner)
+    if wrong := [site for site in chosen if site.layout not in ("BNC", "BHWC")]:
+        raise RequestError(f"site {wrong[0].key} has layout {wrong[0].layout}: channels must come last (BNC, BHWC)")
+    return chosen
+
+
 def sublayers(sites: Sites, depth: Any = "all", which: tuple[str, ...] = ("attention", "mlp")) -> Sites:
     """The modules whose output each sub-layer adds to the stream: its last projection, where that is called.
 

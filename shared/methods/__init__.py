@@ -1,9 +1,14 @@
 """One file per published general method."""
 
 from shared.methods.adapt_former import AdaptFormer as AdaptFormer
+from shared.methods.adapter_fusion import AdapterFusion as AdapterFusion
+from shared.methods.adapter_fusion import Pfeiffer as Pfeiffer
 from shared.methods.bitfit import BitFit as BitFit
+from shared.methods.compacter import Compacter as Compacter
+from shared.methods.compacter import LowRankAdapter as LowRankAdapter
 from shared.methods.corda import CorDA as CorDA
 from shared.methods.full import Full as Full
+from shared.methods.hyperformer import Hyperformer as Hyperformer
 from shared.methods.ia3 import IA3 as IA3
 from shared.methods.llm_adapters import ParallelAdapter as ParallelAdapter
 from shared.methods.llm_adapters import SeriesAdapter as SeriesAdapter
@@ -14,3 +19,4 @@ from shared.methods.probe import Probe as Probe
 from shared.methods.prompts import Prompt as Prompt
 from shared.methods.soka import SoKA as SoKA
 from shared.methods.ssf import SSF as SSF
+from shared.methods.vl_adapter import VLAdapter as VLAdapter

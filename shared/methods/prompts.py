@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from shared.adapter import Adapter
 from shared.blocks.placement import on_output, take
+from shared.blocks.prompt_encoder import PromptEncoder
 from shared.errors import RequestError
 from shared.method import Method
 from shared.sites import Site, Sites
@@ -20,17 +21,19 @@ from shared.taxonomy import Record
 class PromptTokens(Adapter):
     """Puts tokens behind the class and register tokens for one block, and takes them out of its output.
 
-    tokens: (n, C), or None to go on with what the block before made of its own.
+    tokens: (n, C), what makes them, or None to go on with what the block before made of its own.
     """
 
-    def __init__(self, tokens: Tensor | None, prefix: int):
+    def __init__(self, tokens: Tensor | PromptEncoder | None, prefix: int):
         super().__init__()
-        self.tokens = None if tokens is None else nn.Parameter(tokens)
+        self.encoder = tokens if isinstance(tokens, PromptEncoder) else None
+        self.tokens = nn.Parameter(tokens) if isinstance(tokens, Tensor) else None
         self.prefix = prefix
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         x, rest, kwargs = take(args, kwargs)
-        tokens = self.context.prompts if self.tokens is None else self.tokens.to(x.dtype).expand(len(x), -1, -1)
+        own = self.tokens if self.encoder is None else self.encoder()
+        tokens = self.context.prompts if own is None else own.to(x.dtype).expand(len(x), -1, -1)
         count, front = tokens.shape[1], self.prefix
 
         def without(y: Tensor) -> Tensor:
@@ -41,14 +44,19 @@ class PromptTokens(Adapter):
 
 
 class PromptInFront(Adapter):
-    """At a backbone that puts ``context.prompt`` in front of its tokens (see ``Backbone.prompted``). tokens: (n, C)."""
+    """At a backbone that puts ``context.prompt`` in front of its tokens (see ``Backbone.prompted``).
 
-    def __init__(self, tokens: Tensor):
+    tokens: (n, C), or what makes them.
+    """
+
+    def __init__(self, tokens: Tensor | PromptEncoder):
         super().__init__()
-        self.tokens = nn.Parameter(tokens)
+        self.encoder = tokens if isinstance(tokens, PromptEncoder) else None
+        self.tokens = nn.Parameter(tokens) if isinstance(tokens, Tensor) else None
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self.context.behind("prompt", self.tokens):
+        own: Any = self.tokens if self.encoder is None else self.encoder()
+        with self.context.behind("prompt", own):
             return base(*args, **kwargs)
 
 
@@ -59,16 +67,20 @@ class Prompt(Method):
     Not the identity at the start, since attention shares its weight with the new tokens. On language models (prompt
     tuning) only into the first; their deep form is ``Prefix``.
     count: tokens (paper: 1 to 200, 50 typical).  deep: new tokens for every block (paper: the better form).
+    hidden: width of a small network that makes the tokens (Li and Liang, 2021; VL-Adapter: 800 for 40 tokens of 768
+    channels), or None: the tokens themselves train.
     depth: which blocks; those of a shallow prompt must follow each other.
     """
 
     record: ClassVar[Record] = Record(
         categories=("additive/soft prompt",), acts_on="inputs", form="parallel", mergeable="no",
-        trains="count * site.width if deep or site.depth == 0 else 0",
+        trains="count * site.width + (0 if hidden is None else hidden * (2 * site.width + 1) + site.width)"
+        " if deep or site.depth == 0 else 0",
     )  # fmt: skip
 
     count: int = 10
     deep: bool = True
+    hidden: int | None = None
     depth: str | int | Sequence[int] = "all"
 
     def __post_init__(self) -> None:
@@ -97,7 +109,9 @@ class Prompt(Method):
             for i, site in enumerate(sites)
         }
 
-    def _tokens(self, site: Site) -> Tensor:
+    def _tokens(self, site: Site) -> Tensor | PromptEncoder:
+        if self.hidden is not None:
+            return PromptEncoder(self.count, site.width, self.hidden)
         # uniform with the variance of a projection from a patch (paper), the patch taken as wide as the tokens
         bound = (6 / (4 * site.width)) ** 0.5
         return torch.empty(self.count, site.width).uniform_(-bound, bound)

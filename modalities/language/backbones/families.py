@@ -17,6 +17,7 @@ class Family:
 
     blocks: the list of blocks.  embeddings: by tag.  norms: outside the blocks, before the first and after the last.
     attention, mlp: the modules of a block, None where there is no such module.  parts: path by role.
+    norm_after: path of the norm over the residual sum that ends a block, None where blocks end without one.
     residual: roles whose module adds the residual, and where it has one after it the norm, within its own forward.
     flat: the MLP sees (batch * tokens, width), not (batch, tokens, width).  causal: a token sees none after it.
     padded: positions are counted from the padding token's index on, and padding has to be that token.
@@ -29,6 +30,7 @@ class Family:
     attention: str
     mlp: str | None = None
     parts: dict[str, str]
+    norm_after: str | None = None
     residual: tuple[str, ...] = ()
     flat: bool = False
     causal: bool = True
@@ -61,6 +63,7 @@ _BERT = Family(
     attention="attention",
     parts=_projections("attention.self", "query", "key", "value", "attention.output.dense")
     | {"mlp.up": "intermediate.dense", "mlp.down": "output.dense"},
+    norm_after="output.LayerNorm",
     residual=("attention",),
     causal=False,
 )
@@ -139,4 +142,5 @@ def _block(path: str, block: nn.Module, depth: int, family: Family, width: int) 
         yield Site(role, depth, f"{path}.{name}", layer, width=layer.out_features, tags=tags)
     for name, module in block.named_modules():
         if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
-            yield from norm_sites(f"{path}.{name}", module, depth)
+            tags = ("block_end",) if name == family.norm_after else ()
+            yield from norm_sites(f"{path}.{name}", module, depth, 0, *tags)

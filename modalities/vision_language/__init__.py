@@ -1,0 +1,1 @@
+"""vision_language: see the files of this folder."""
