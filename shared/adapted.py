@@ -206,8 +206,7 @@ class Adapted(nn.Module):
 
     def unprepared(self) -> list[str]:
         """Active adapters that start from data and were neither prepared nor loaded."""
-        starts = [n for n in self.active if type(self.methods[n]).prepare is not Method.prepare]
-        return [name for name in starts if name not in self.prepared]
+        return [name for name in self.active if self.methods[name].starts_from_data() and name not in self.prepared]
 
     def prepare(self, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
         """Let the active methods that start from data see them (see ``Method.prepare``); each only once."""
@@ -234,9 +233,9 @@ class Adapted(nn.Module):
     # -- merging ---------------------------------------------------------------------------------------------------
 
     def merge(self) -> None:
-        """Write the active weight adapters into the stored weights; ``unmerge`` restores them bit for bit.
+        """Write the active adapters into the stored weights; ``unmerge`` restores them bit for bit.
 
-        Raises RequestError where an active adapter acts on activations.
+        Raises RequestError where one acts on activations and has no merged form.
         """
         merge(self)
 

@@ -40,6 +40,10 @@ class Method:
         """The modules of all sites by key; override it where sites share modules or depend on their order."""
         return {site.key: self.build(site) for site in sites}
 
+    def starts_from_data(self) -> bool:
+        """Whether ``prepare`` must have been called before training."""
+        return type(self).prepare is not Method.prepare
+
     def prepare(self, model: Adapted, name: str, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
         """Called once before training, where an adapter starts from data: statistics, scores, a phase of its own.
 
