@@ -38,7 +38,7 @@ class Adapter(nn.Module):
         """What the host's own parameters become where it alone shall compute what ``forward`` does around it.
 
         tensors: the host's parameters by name, None for a bias it could have and has not. Only those that change are
-        returned; None where it cannot be done, as around anything that is not linear.
+        returned; None where it cannot be done, as around anything that is not linear. Called in eval mode.
         """
         return None
 

@@ -131,7 +131,8 @@ class Port:
                 if strength != 1.0 and not adapter.additive:
                     raise RequestError(f"adapter {name!r} acts on activations and takes no strength (got {strength:g})")
                 self._record((adapter,))
-                run = functools.partial(*((adapter, run) if strength == 1.0 else (adapter.part, strength, run)))
+                whole_or_part = adapter if strength == 1.0 else functools.partial(adapter.part, strength)
+                run = functools.partial(whole_or_part, run)
         return run(*args, **kwargs)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,11 +16,11 @@ from shared.host import Port
 def merge(model: Any) -> None:
     """Store what reading each adapted parameter gives now, and what adapters around a host make of its parameters.
 
-    A copy of each frozen tensor is kept. Raises RequestError where an active adapter acts on activations and has no
-    merged form; nothing is changed then.
+    A copy of each frozen tensor is kept, and the adapters are read in eval mode. Raises RequestError where an active
+    adapter acts on activations and has no merged form; nothing is changed then.
     """
     unmerge(model)
-    with torch.no_grad():
+    with torch.no_grad(), _evaluating(model.bank):
         hosts = [(path, model.backbone.get_submodule(path), port) for path, port in model.hosts().items()]
         values = [(host, port, _values(model.state.active, path, host, port)) for path, host, port in hosts]
         for host, port, tensors in values:
@@ -34,6 +36,17 @@ def unmerge(model: Any) -> None:
             if port.stored:
                 port.restore(model.backbone.get_submodule(path))
     model.state.merged = ()
+
+
+@contextmanager
+def _evaluating(bank: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in bank.modules()]
+    bank.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _values(active: tuple[tuple[str, float], ...], path: str, host: nn.Module, port: Port) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from shared.methods.adapt_former import AdaptFormer as AdaptFormer
 from shared.methods.bitfit import BitFit as BitFit
 from shared.methods.full import Full as Full
+from shared.methods.hydra import Hydra as Hydra
 from shared.methods.ia3 import IA3 as IA3
 from shared.methods.llm_adapters import ParallelAdapter as ParallelAdapter
 from shared.methods.llm_adapters import SeriesAdapter as SeriesAdapter

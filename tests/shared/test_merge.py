@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -35,11 +36,10 @@ class Remixed(Adapter):
         return y + self.mix(y)
 
     def merged(self, tensors):
-        bias = 0 if tensors["bias"] is None else tensors["bias"]
-        return {
-            "weight": tensors["weight"] + self.mix.weight @ tensors["weight"],
-            "bias": bias + self.mix.weight @ (bias + torch.zeros(len(self.mix.weight))) + self.mix.bias,
-        }
+        weight, bias = tensors["weight"], tensors["bias"]
+        assert weight is not None
+        bias = torch.zeros(len(weight)) if bias is None else bias
+        return {"weight": weight + self.mix.weight @ weight, "bias": bias + self.mix(bias)}
 
 
 class Remix(Method):
@@ -65,8 +65,9 @@ def test_a_linear_function_around_a_linear_layer_merges_into_it(bias, strength) 
     bare = host(X).detach()
     model = adapt(host, Remix(), name="remix", example=(X,))
     model.add(LoRA(rank=2, roles="linear"), name="lora", example=(X,))
-    nn.init.normal_(model.bank["lora"]["0"].up)
-    mix = model.bank["remix"]["0"].mix
+    bank: Any = model.bank
+    nn.init.normal_(bank["lora"]["0"].up)
+    mix = bank["remix"]["0"].mix
     for active in (("remix",), ("remix", "lora"), ("lora", "remix")):
         model.activate(*active, strength={"remix": strength})
         separate = infer(model)
