@@ -45,7 +45,7 @@ class Branch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.dropout(self.down(x.to(self.down.weight.dtype)), self.dropout, self.training)
-        return (self.up(h) * self.scale).to(x.dtype)
+        return self.up(h) * self.scale
 
     def matrix(self) -> Tensor:
         """(outputs, inputs): the branch without its biases and dropout."""
@@ -68,7 +68,7 @@ class Pair(Adapter):
         x, y = take(args, kwargs)[0], base(*args, **kwargs)
         y0 = y[..., slice(*self.rows)] if self.rows else y
         changes = [branch(z) for branch, z in ((self.parallel, x), (self.sequential, y0)) if branch is not None]
-        return add_rows(y, sum(changes[1:], changes[0]), self.rows)
+        return add_rows(y, sum(changes[1:], changes[0]).to(y.dtype), self.rows)
 
     def merged(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """W + s (B_p A_p + B_s A_s W), and as bias what ``forward`` gives where the input is zero."""
