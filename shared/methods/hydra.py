@@ -67,8 +67,10 @@ class Pair(Adapter):
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         x, y = take(args, kwargs)[0], base(*args, **kwargs)
         y0 = y[..., slice(*self.rows)] if self.rows else y
-        changes = [branch(z) for branch, z in ((self.parallel, x), (self.sequential, y0)) if branch is not None]
-        return add_rows(y, sum(changes[1:], changes[0]).to(y.dtype), self.rows)
+        for branch, z in ((self.parallel, x), (self.sequential, y0)):
+            if branch is not None:
+                y = add_rows(y, branch(z).to(y.dtype), self.rows)
+        return y
 
     def merged(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """W + s (B_p A_p + B_s A_s W), and as bias what ``forward`` gives where the input is zero."""
