@@ -2,6 +2,8 @@
 
 from shared.methods.adapt_former import AdaptFormer as AdaptFormer
 from shared.methods.bitfit import BitFit as BitFit
+from shared.methods.dora import DoRA as DoRA
+from shared.methods.dylora import DyLoRA as DyLoRA
 from shared.methods.full import Full as Full
 from shared.methods.hydra import Hydra as Hydra
 from shared.methods.ia3 import IA3 as IA3
