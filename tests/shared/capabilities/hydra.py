@@ -6,4 +6,3 @@ HOSTS = {
     "llama": {"sequential_rank": 3, "roles": ("attention.query", "mlp.down")},
     "bert": {"parallel_rank": 3, "bias": False, "start": "kaiming", "roles": ("mlp.down",)},
 }
-EXCLUDED: dict[str, str] = {}
