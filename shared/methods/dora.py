@@ -52,7 +52,7 @@ class DoRA(Method):
     """m (W + (alpha / rank) B A) / |W + (alpha / rank) B A|, norms and m by output, the identity at the start.
 
     rank: inner width (paper: 16 or 32 on LLaMA).  alpha: numerator of the scale (paper: twice the rank); None means
-    rank.  detach_norm: no gradient through the norm, which saves memory (paper, section 4.3).
+    rank.  detach_norm: no gradient through the norm, which saves memory (paper, section 4.3; official).
     roles: which projections (paper: these).  depth: which blocks.
     """
 
