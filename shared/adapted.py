@@ -237,9 +237,9 @@ class Adapted(nn.Module):
     # -- merging ---------------------------------------------------------------------------------------------------
 
     def merge(self) -> None:
-        """Write the active weight adapters into the stored weights; ``unmerge`` restores them bit for bit.
+        """Write the active adapters into the stored weights; ``unmerge`` restores them bit for bit.
 
-        Raises RequestError where an active adapter acts on activations.
+        Raises RequestError where one acts on activations and has no merged form.
         """
         merge(self)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -15,7 +15,12 @@ class Adapter(nn.Module):
 
     ``base`` is the frozen computation (with the adapters attached earlier already around it); calling it is optional.
     ``self.context`` holds what this call tells its adapters.
+
+    additive: whether it adds to what ``base`` gives for the very arguments of the call, one tensor; only then is a
+    strength other than 1 defined, as that part of what it adds.
     """
+
+    additive: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,6 +28,19 @@ class Adapter(nn.Module):
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def part(self, strength: float, base: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """``base`` plus ``strength`` times what an additive adapter adds to it."""
+        bare = base(*args, **kwargs)
+        return bare + strength * (self(lambda *_, **__: bare, *args, **kwargs) - bare)
+
+    def merged(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor] | None:
+        """What the host's own parameters become where it alone shall compute what ``forward`` does around it.
+
+        tensors: the host's parameters by name, None for a bias it could have and has not. Only those that change are
+        returned; None where it cannot be done, as around anything that is not linear. Called in eval mode.
+        """
+        return None
 
 
 class Factors(NamedTuple):

@@ -43,7 +43,7 @@ class Port:
         self.state = state
         self.around: dict[str, list[Adapter]] = {}
         self.on: dict[str, dict[str, list[tuple[tuple[int, int] | None, WeightAdapter]]]] = {}
-        self.stored: dict[str, Tensor] = {}  # originals, while merged
+        self.stored: dict[str, Tensor | None] = {}  # originals, while merged; None for a bias that had not been
         self.folded: dict[str, tuple[Any, Tensor]] = {}
         self.ran: set[int] = set()  # ids of the adapters used since last cleared: the proof of effect reads it
 
@@ -51,7 +51,7 @@ class Port:
         return self.__dict__ | {"folded": {}, "ran": set()}
 
     def frozen(self, host: nn.Module, parameter: str) -> Tensor:
-        """The tensor as it was before any merge."""
+        """The tensor as it was before any merge; None for a bias that only the merge made."""
         return self.stored.get(parameter, host._parameters[parameter])  # type: ignore[return-value]
 
     def read(self, host: nn.Module, parameter: str) -> Tensor | None:
@@ -99,15 +99,40 @@ class Port:
                 self._record((adapter,))
         return found
 
+    def store(self, host: nn.Module, parameter: str, value: Tensor) -> None:
+        """Put ``value`` in the stored parameter's place and keep a copy: with other adapters active, that is read."""
+        raw = host._parameters[parameter]
+        self.stored[parameter] = None if raw is None else raw.detach().clone()
+        if raw is None:
+            host._parameters[parameter] = nn.Parameter(value, requires_grad=False)
+        else:
+            raw.copy_(value)
+        self.on.setdefault(parameter, {})
+        _become_host(host, self)
+
+    def restore(self, host: nn.Module) -> None:
+        """Undo every ``store``, bit for bit."""
+        for parameter, original in self.stored.items():
+            if original is None:
+                host._parameters[parameter] = None
+            else:
+                host._parameters[parameter].copy_(original)  # type: ignore[union-attr]
+        self.stored.clear()
+        self.on = {parameter: by_name for parameter, by_name in self.on.items() if by_name}
+        _become_host(host, self)
+
     def call(self, host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """The host's forward inside its active adapters; the first active is the innermost."""
         run: Callable[..., Any] = functools.partial(forward, host)
+        if self.state.active == self.state.merged:
+            return run(*args, **kwargs)
         for name, strength in self.state.active:
             for adapter in self.around.get(name, ()):
-                if strength != 1.0:
+                if strength != 1.0 and not adapter.additive:
                     raise RequestError(f"adapter {name!r} acts on activations and takes no strength (got {strength:g})")
                 self._record((adapter,))
-                run = functools.partial(adapter, run)
+                whole_or_part = adapter if strength == 1.0 else functools.partial(adapter.part, strength)
+                run = functools.partial(whole_or_part, run)
         return run(*args, **kwargs)
 
 

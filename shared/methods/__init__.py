@@ -7,7 +7,10 @@ from shared.methods.bitfit import BitFit as BitFit
 from shared.methods.compacter import Compacter as Compacter
 from shared.methods.compacter import LowRankAdapter as LowRankAdapter
 from shared.methods.corda import CorDA as CorDA
+from shared.methods.dora import DoRA as DoRA
+from shared.methods.dylora import DyLoRA as DyLoRA
 from shared.methods.full import Full as Full
+from shared.methods.hydra import Hydra as Hydra
 from shared.methods.hyperformer import Hyperformer as Hyperformer
 from shared.methods.ia3 import IA3 as IA3
 from shared.methods.llm_adapters import ParallelAdapter as ParallelAdapter

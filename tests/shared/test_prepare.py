@@ -76,6 +76,23 @@ def test_an_unprepared_adapter_does_not_train(model):
     assert torch.equal(model.bank["default"]["0"].towards, torch.full((2, 3), 5.0))
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreparedOrNot(Prepared):
+    """Starts from data only where it is asked to."""
+
+    from_data: bool = True
+
+    def starts_from_data(self) -> bool:
+        return self.from_data
+
+
+def test_a_setting_may_say_whether_a_method_starts_from_data():
+    for from_data, waiting in ((True, ["default"]), (False, [])):
+        method = PreparedOrNot(from_data=from_data)
+        model = adapt(nn.Sequential(nn.Linear(3, 2)), method, example=(torch.randn(2, 3),))
+        assert model.unprepared() == waiting
+
+
 def test_preparing_happens_once_and_a_file_brings_it(model, tmp_path):
     model.prepare([torch.ones(2)], lambda batch: batch.sum())
     model.prepare([torch.ones(7)], lambda batch: batch.sum())
