@@ -1,6 +1,7 @@
 """One file per published general method."""
 
 from shared.methods.adapt_former import AdaptFormer as AdaptFormer
+from shared.methods.adapter_bias import AdapterBias as AdapterBias
 from shared.methods.bitfit import BitFit as BitFit
 from shared.methods.full import Full as Full
 from shared.methods.ia3 import IA3 as IA3
