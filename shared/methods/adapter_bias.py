@@ -57,7 +57,7 @@ class AdapterBias(Method):
     def sites(self, sites: Sites) -> Sites:
         layers = [s for down in sites.select("mlp.down", self.depth) for s in (down, down.bias) if s is not None]
         if self.share_alpha and len({s.weight.shape[1] for s in layers if s.parameter == "weight"}) > 1:
-            raise RequestError(f"share_alpha: the MLPs of {sites.owner} differ in width, one alpha cannot read them all")
+            raise RequestError(f"share_alpha: the MLPs of {sites.owner} differ in width: one alpha cannot read all")
         norms = NormTuning(depth=self.depth).sites(sites) if self.norms else ()
         return Sites([*layers, *(s for s in norms if "attention" not in s.path)], sites.owner)
 

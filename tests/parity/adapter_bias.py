@@ -35,12 +35,11 @@ def replay(case: dict[str, np.ndarray], meta: dict[str, Any]) -> dict[str, tuple
     )
     u, x = tensors["in.hidden"], tensors["in.resid"]
     adapted = adapt(model, AdapterBias(share_alpha=bool(config["share_alpha"])), sites=sites, example=(u, x))
-    bank = adapted.bank["default"]
+    bank: Any = adapted.bank["default"]
     with torch.no_grad():
         for i in layers:
             theirs = {n.split("/")[1]: t for n, t in tensors.items() if n.startswith(f"sd.L{i}/")}
-            model.dense[i]._parameters["weight"].copy_(theirs["dense.weight"])
-            model.dense[i]._parameters["bias"].copy_(theirs["dense.bias"])
+            model.dense[i].load_state_dict({n: theirs[f"dense.{n}"] for n in ("weight", "bias")})
             bank[f"norm/{i}"].value.copy_(theirs["LayerNorm.weight"])
             bank[f"norm/{i}:bias"].value.copy_(theirs["LayerNorm.bias"])
             bank[f"dense/{i}"].up.copy_(theirs["adapter_vector"][None])
