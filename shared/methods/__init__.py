@@ -11,4 +11,6 @@ from shared.methods.lora import LoRA as LoRA
 from shared.methods.norm_tuning import NormTuning as NormTuning
 from shared.methods.probe import Probe as Probe
 from shared.methods.prompts import Prompt as Prompt
+from shared.methods.sparse_adapter import SparseAdapter as SparseAdapter
+from shared.methods.sparse_adapter import SparseLoRA as SparseLoRA
 from shared.methods.ssf import SSF as SSF
