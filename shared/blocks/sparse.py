@@ -118,11 +118,11 @@ def _divided(found: Sequence[Tensor], norm: float) -> list[Tensor]:
 
 def _gradient(weights: Sequence[nn.Parameter], batches: Iterable[Any], loss: Loss) -> list[Tensor]:
     """Of the losses summed over batches; ``.grad`` is left alone."""
-    total, count = [torch.zeros_like(w) for w in weights], 0
-    for count, batch in enumerate(batches, 1):
-        for part, gradient in zip(total, _of(loss(batch), weights), strict=True):
-            part += gradient
-    if not count:
+    total: list[Tensor] = []
+    for batch in batches:
+        given = _of(loss(batch), weights)
+        total = [a + b for a, b in zip(total, given, strict=True)] if total else given
+    if not total:
         raise RequestError("pruning by gradients needs at least one batch: there is none")
     return total
 
