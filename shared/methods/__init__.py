@@ -3,6 +3,7 @@
 from shared.methods.adapt_former import AdaptFormer as AdaptFormer
 from shared.methods.adapter_bias import AdapterBias as AdapterBias
 from shared.methods.bitfit import BitFit as BitFit
+from shared.methods.composable_sft import ComposableSFT as ComposableSFT
 from shared.methods.full import Full as Full
 from shared.methods.ia3 import IA3 as IA3
 from shared.methods.llm_adapters import ParallelAdapter as ParallelAdapter
