@@ -1,5 +1,5 @@
-"""ComposableSFT on models of described and of undescribed parameters: bare tokens, read attention, convolutions."""
+"""ComposableSFT on described and undescribed parameters: bare tokens, read attention, embeddings of unseen tokens."""
 
-ALL = {"share": 0.9, "epochs": 1, "learning_rate": 1e-3}
-HOSTS = {"vit": ALL, "clip": ALL, "encoder": ALL, "convolutions": ALL, "bert": ALL, "llama": ALL, "bloom": ALL}
+ALL = {"epochs": 1, "learning_rate": 1e-3}
+HOSTS = {"vit": {**ALL, "share": 0.9}, "encoder": {**ALL, "share": 0.9}, "bert": {**ALL, "share": 0.5}}
 EXCLUDED = {"merge_refused": "merges"}
