@@ -64,7 +64,9 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Tensor]]
         diffs, whole = held.get("diffs", {}), held.get("abs", {})
         pairs = [*diffs.items(), *whole.items()]
     except pickle.UnpicklingError as error:
-        raise RequestError(f"{path}: it holds more than tensors and numbers, or is no torch file; not loaded") from error
+        raise RequestError(
+            f"{path}: it holds more than tensors and numbers, or is no torch file; not loaded"
+        ) from error
     except (RuntimeError, EOFError, ValueError, AttributeError, TypeError) as error:
         raise RequestError(f"{path}: not a file of sparse differences ({type(error).__name__})") from error
     if not pairs or not all(isinstance(t, Tensor) and bool(t.isfinite().all()) for t in whole.values()):

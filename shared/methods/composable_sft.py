@@ -213,10 +213,11 @@ def save_official(model: Adapted, path: str | os.PathLike, *, name: str = "defau
 
     prefix: of the names there, in place of our "model." ("bert.", "roberta."); those of the head are its own.
     """
-    method, bank = model.methods.get(name), model.bank[name] if name in model.bank else None
+    method = model.methods.get(name)
     if not isinstance(method, ComposableSFT):
         raise RequestError(f"save_official: no ComposableSFT is called {name!r}; loaded: {', '.join(model.methods)}")
-    found: dict[str, SparseDelta] = {_own(s): bank[s.key] for s in method.sites(model.sites())}  # type: ignore[index]
+    bank: Any = model.bank[name]
+    found: dict[str, SparseDelta] = {_own(s): bank[s.key] for s in method.sites(model.sites())}
     diffs = {prefix + own.removeprefix("model."): delta.delta(delta.value) for own, delta in found.items()}
     sparse_diff.write(path, diffs, dict(model.head.named_parameters()) if model.head is not None else {})
 
@@ -231,7 +232,9 @@ def _place(name: str, tensor: Tensor, shapes: Mapping[str, torch.Size], where: s
         found = [own for own in shapes if tail and f".{own}".endswith(f".{tail}")]
         if len(found) == 1:
             if shapes[found[0]] != tensor.shape:
-                raise RequestError(f"{where}: shape {tuple(tensor.shape)} where the model has {tuple(shapes[found[0]])}")
+                raise RequestError(
+                    f"{where}: shape {tuple(tensor.shape)} where the model has {tuple(shapes[found[0]])}"
+                )
             return found[0]
     raise RequestError(f"{where}: the model has no such parameter to change")
 
@@ -241,5 +244,7 @@ def _place_in_head(name: str, tensor: Tensor, mine: Mapping[str, Tensor], where:
     last = name.rpartition(".")[2]
     found = [own for own, t in mine.items() if own.rpartition(".")[2] == last and t.shape == tensor.shape]
     if len(found) != 1:
-        raise RequestError(f"{where} {tuple(tensor.shape)}: the head has no one place for it; with_head=False leaves it")
+        raise RequestError(
+            f"{where} {tuple(tensor.shape)}: the head has no one place for it; with_head=False leaves it"
+        )
     return found[0]
