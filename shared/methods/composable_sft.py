@@ -1,8 +1,8 @@
 """Composable sparse fine-tuning, LT-SFT: a language or a task as a sparse change of the weights (Ansell et al., 2022).
 
 Several add up: ``activate("language", "task")`` is ``theta + phi_language + phi_task``. A task is trained on top of a
-language by adding it while the language is in force, its parameters frozen (``bank["language"].requires_grad_(False)``),
-and serves another one by activating that in its place.
+language by adding it while the language is in force and its parameters are frozen, once it is saved
+(``bank["language"].requires_grad_(False)``), and serves another one by activating that in its place.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class SparseDelta(WeightAdapter):
 class ComposableSFT(Method):
     """Fine-tune everything, keep the entries that changed most, go back, and train those alone; the identity at first.
 
-    The full phase happens in ``prepare``, with an AdamW without weight decay whose rate falls linearly to zero; then the
-    values and the head are what they were, the masks (buffers) say which entries train, and the trainer's own run is
+    The full phase happens in ``prepare``, with an AdamW without weight decay whose rate falls linearly to zero; then
+    values and head are what they were, the masks (buffers) say which entries train, and the trainer's own run is
     the sparse phase, with a fresh optimiser. Its weight decay should be 0. Published runs select once, as this does.
     The frozen model stays in eval mode: its own dropout is off.
 
