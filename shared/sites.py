@@ -178,6 +178,23 @@ def describe(model: nn.Module, owner: str = "") -> Sites:
     return Sites(found, owner or type(model).__name__)
 
 
+def every_parameter(sites: Sites) -> Sites:
+    """A site for each parameter of the model, whole: biases, embeddings and bare tensors too; a shared one once.
+
+    Those that ``sites`` describes keep role, depth and the rest; all others have the role "model" and no depth (-1).
+    """
+    whole = {s.key: s for site in sites if site.parameter and site.rows is None for s in (site, site.bias) if s}
+    root = next(s.module for s in sites if s.role == "model")
+    found, seen = [], set()
+    for path, module in root.named_modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                site = Site("model", -1, path, module, name)
+                found.append(whole.get(site.key, site))
+    return Sites(found, sites.owner)
+
+
 def multihead_sites(path: str, attention: nn.MultiheadAttention, depth: int, **more) -> list[Site]:
     """Sites of ``nn.MultiheadAttention``: its projections are read as tensors, never called, and q, k, v share one."""
     width = attention.embed_dim

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from torch import Tensor
 
+from shared import masks
 from shared.errors import RequestError, WorkError
 
 FORMAT = 1
@@ -20,13 +21,15 @@ KEYS = ("method", "backbone", "sites", "metrics", "version", "extra")  # of ever
 
 
 def save(path: str | os.PathLike, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and header: to a temporary name beside ``path``, flushed, then renamed."""
+    """Write tensors and header: to a temporary name beside ``path``, flushed, then renamed; see ``shared.masks``."""
     from safetensors.torch import save as to_bytes
 
     if not tensors:
         raise RequestError(f"{path}: nothing to save: no trained tensor")
     path = Path(path)
-    text = json.dumps({"format": FORMAT, **header}, sort_keys=True, allow_nan=False)
+    tensors, masked = masks.pack(tensors)
+    header = {"format": FORMAT, **header, **({"masked": masked} if masked else {})}
+    text = json.dumps(header, sort_keys=True, allow_nan=False)
     data = to_bytes({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata={KEY: text})
     write_atomically(path, data)
 
@@ -80,7 +83,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors.torch import load_file
 
     header = read_header(path)
-    return load_file(path), header
+    return masks.unpack(load_file(path), header.pop("masked", {}), str(path)), header
 
 
 def _opened(path: Path) -> IO[bytes]:

@@ -1,11 +1,13 @@
 """One file per published general method."""
 
 from shared.methods.adapt_former import AdaptFormer as AdaptFormer
+from shared.methods.adapter_bias import AdapterBias as AdapterBias
 from shared.methods.adapter_fusion import AdapterFusion as AdapterFusion
 from shared.methods.adapter_fusion import Pfeiffer as Pfeiffer
 from shared.methods.bitfit import BitFit as BitFit
 from shared.methods.compacter import Compacter as Compacter
 from shared.methods.compacter import LowRankAdapter as LowRankAdapter
+from shared.methods.composable_sft import ComposableSFT as ComposableSFT
 from shared.methods.corda import CorDA as CorDA
 from shared.methods.dora import DoRA as DoRA
 from shared.methods.dylora import DyLoRA as DyLoRA
@@ -21,5 +23,7 @@ from shared.methods.prefix import Prefix as Prefix
 from shared.methods.probe import Probe as Probe
 from shared.methods.prompts import Prompt as Prompt
 from shared.methods.soka import SoKA as SoKA
+from shared.methods.sparse_adapter import SparseAdapter as SparseAdapter
+from shared.methods.sparse_adapter import SparseLoRA as SparseLoRA
 from shared.methods.ssf import SSF as SSF
 from shared.methods.vl_adapter import VLAdapter as VLAdapter

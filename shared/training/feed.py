@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from shared.errors import RequestError
 
-ORDER, SAMPLE, STEP, EVALUATION = range(4)  # what random numbers are for: each purpose has seeds of its own
+ORDER, SAMPLE, STEP, EVALUATION, PREPARE = range(5)  # what random numbers are for: each purpose has seeds of its own
 
 
 def seed_all(*numbers: int) -> int:

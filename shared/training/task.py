@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 from shared.adapted import Adapted
 from shared.errors import RequestError, WorkError
-from shared.training.feed import seed_all
+from shared.training.feed import PREPARE, seed_all
 from shared.training.optimiser import Optimiser
 from shared.training.sharded import like, whole
 
@@ -111,7 +111,7 @@ class Task(LightningModule):
         if self.model.unprepared() and type(self.trainer.strategy).__name__ == "FSDPStrategy":
             raise RequestError("trainer.strategy fsdp divides the weights a method reads before training: use ddp")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            seed_all(self.seed, PREPARE)
             self.model.prepare(_Moved(self), self._plain_loss)
 
     def _plain_loss(self, batch: Any) -> Tensor:
