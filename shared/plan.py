@@ -56,6 +56,7 @@ def predict(task: Task, data: Any, engine: Engine, output: Path) -> dict[str, An
         _log.warning("no prediction of the cost: %s: %s", type(error).__name__, error)
         return None
     finally:
+        gc.collect()  # the copy, whose parts hold each other
         forget_peak()
 
 
@@ -101,7 +102,6 @@ def plan(task: Task, data: Any, engine: Engine, output: Path) -> Plan:
 
 def forget_peak() -> None:
     """Start the process's peak memory anew, where the system can (Linux)."""
-    gc.collect()
     if (file := Path("/proc/self/clear_refs")).exists():
         with contextlib.suppress(OSError):  # some containers forbid it
             file.write_text("5")
@@ -182,7 +182,12 @@ class _Watch(Callback):
     def training(self, engine: Engine, batches: int, validation: int) -> float:
         """Seconds of a training by ``engine`` with so many batches in an epoch and in a check."""
         total = engine.epochs * batches if engine.epochs else engine.total_steps(batches) * engine.accumulate
-        each = self.step + statistics.median(self.waits[1:] or self.waits)
-        start = max(self.steps[0] + self.waits[0] - each, 0)
+        wait = statistics.median(self.waits[1:] or self.waits)
         check = self.after + (self.ends[-1] - self.ends[-2]) * (validation - (len(self.ends) - 1))
-        return start + total * each + math.ceil(total / (engine.check_every * batches)) * check
+        # The first wait starts the loader; what else is slow the first time is so in this trial alone.
+        return (
+            self.waits[0]
+            + (total - 1) * wait
+            + total * self.step
+            + math.ceil(total / (engine.check_every * batches)) * check
+        )
