@@ -108,7 +108,8 @@ class Classification(Task):
             picture = framed(data.display(sample["image"]), colours["right" if said == truth else "wrong"])
             shown.append((f"{sample['name']}: {told}", picture))
         rows = [shown[start : start + 4] for start in range(0, len(shown), 4)]
-        return Pictures([(f"{len(samples)} images test; these are {len(shown)}", dict(row)) for row in rows], colours)
+        told = f"{len(samples)} images test; these are {len(shown)}"
+        return Pictures([(told, dict(row)) for row in rows], {"Frame": colours})
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Refuses, before it reaches the device, a batch that would train or measure wrongly."""

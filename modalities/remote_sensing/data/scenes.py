@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from modalities.remote_sensing.data.composites import pictures
 from modalities.remote_sensing.data.samples import Tiles
 from modalities.remote_sensing.data.splits import SPLITS, Split
 from modalities.remote_sensing.data.statistics import IGNORE, Normalisation, Source, Survey, given, measured, survey
@@ -112,19 +113,12 @@ class Scenes:
         }
 
     def display(self, image: Tensor | np.ndarray) -> np.ndarray:
-        """A normalised image (bands, H, W) as a picture, uint8 (H, W, 3).
+        """The first of ``displays``."""
+        return next(iter(self.displays(image).values()))
 
-        Its red, green and blue bands if it has them, else the first three, else the first as grey; stretched together
-        from the 1st to the 99th percentile.
-        """
-        values = self.normalisation.undo(np.asarray(image, np.float32))
-        names = [name.casefold() for name in self.band_names]
-        chosen = [0, 1, 2] if self.bands > 2 else [0, 0, 0]
-        if {"red", "green", "blue"} <= set(names):
-            chosen = [names.index(colour) for colour in ("red", "green", "blue")]
-        picture = values[chosen].transpose(1, 2, 0)
-        low, high = np.percentile(picture, (1, 99))
-        return (np.clip((picture - low) / max(high - low, 1e-6), 0, 1) * 255).round().astype(np.uint8)
+    def displays(self, image: Tensor | np.ndarray) -> dict[str, np.ndarray]:
+        """A normalised image (bands, H, W) as pictures, uint8 (H, W, 3), by name: see ``composites.pictures``."""
+        return pictures(self.normalisation.undo(np.asarray(image, np.float32)), self.band_names)
 
     def _members(self, scenes: tuple[str, ...]) -> list[int]:
         return [index for index, scene in enumerate(self._scene_names) if scene in scenes]
