@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -90,9 +91,11 @@ def _scores(rows: Sequence[Row], first: Mapping[str, Any]) -> tuple[list[str], l
 
 
 def _in_parts(heads: Sequence[str], rows: Sequence[Sequence[str]], most: int = 6) -> list[str]:
-    """A table as several with ``most`` columns of numbers each, which paper is wide enough for."""
-    starts = range(1, len(heads), most)
-    return [page.table([heads[0], *heads[s : s + most]], [[r[0], *r[s : s + most]] for r in rows]) for s in starts]
+    """A table as several alike, each with at most ``most`` columns of numbers, which paper is wide enough for."""
+    count = len(heads) - 1
+    each = math.ceil(count / math.ceil(count / most))
+    starts = range(1, len(heads), each)
+    return [page.table([heads[0], *heads[s : s + each]], [[r[0], *r[s : s + each]] for r in rows]) for s in starts]
 
 
 def _plans(found: Found) -> tuple[list[str], list[list[str]]] | None:

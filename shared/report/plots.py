@@ -100,11 +100,12 @@ def _label(figure: Any, axes: Any, points: Mapping[str, tuple[float, float, floa
         for across, along, side in _places():
             text.set_horizontalalignment(side)
             text.set_position((across, along))
+            text.update_positions(renderer)
             box = Text.get_window_extent(text, renderer).padded(scale)
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
             if inside and not any(box.overlaps(other) for other in taken):
                 break
-        if math.hypot(across, along) < 16:
+        if math.hypot(across, along) < 12:
             text.arrow_patch.set_visible(False)
         taken.append(box)
 
@@ -205,6 +206,8 @@ def _svg(figure: Any) -> str:
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "omniadapt", "font.family": "sans-serif"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        # Tight: the layout is made for the ticks before it, and what comes out may need wider labels.
+        facts = {"Date": None, "Creator": None}
+        figure.savefig(buffer, format="svg", metadata=facts, bbox_inches="tight", pad_inches=0.04)
     text = buffer.getvalue().replace(INK, "currentColor")
     return text[text.index("<svg") :]

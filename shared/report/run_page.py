@@ -165,13 +165,11 @@ def class_names(found: Mapping[str, Any]) -> list[str]:
     return [str(number) for number in range(count)]
 
 
-def confusions(
-    matrix: Sequence[Sequence[int]], names: Sequence[str], most: int = 10
-) -> list[tuple[str, str, str, str]]:
-    """The largest counts beside the diagonal: truth, prediction, count and share of the truth."""
+def confusions(matrix: Sequence[Sequence[int]], names: Sequence[str], most: int = 6) -> list[tuple[str, str, str]]:
+    """The largest counts beside the diagonal: what for what, count, and share of the truth."""
     wrong = [(n, i, j) for i, row in enumerate(matrix) for j, n in enumerate(row) if i != j and n]
     wrong.sort(key=lambda each: -each[0])
-    return [(names[i], names[j], f"{n:,}", f"{n / sum(matrix[i]):.1%}") for n, i, j in wrong[:most]]
+    return [(f"{names[i]} as {names[j]}", f"{n:,}", f"{n / sum(matrix[i]):.1%}") for n, i, j in wrong[:most]]
 
 
 def _confusion(found: Mapping[str, Any]) -> str:
@@ -182,11 +180,8 @@ def _confusion(found: Mapping[str, Any]) -> str:
     chart = page.figures({f"Share of the {unit} of each true class (row) that were predicted as each (column)": (
         plots.confusion(matrix, names)
     )})  # fmt: skip
-    heads = ("truth", "predicted as", unit, "of the truth")
-    return page.section(
-        f"Confusion of classes ({unit})", chart, page.lead("The largest errors:"),
-        page.table(heads, confusions(matrix, names), numbers=2),
-    )  # fmt: skip
+    errors = page.table(("largest errors", unit, "of the class"), confusions(matrix, names))
+    return page.section(f"Confusion of classes ({unit})", chart, errors)
 
 
 def _compact(values: Any) -> str:

@@ -40,12 +40,14 @@ def composites(band_names: Sequence[str]) -> dict[str, tuple[int, int, int]]:
     return {", ".join(band_names[i : i + 3]): (i, i + 1, i + 2) for i in starts}
 
 
-def pictures(values: np.ndarray, band_names: Sequence[str]) -> dict[str, np.ndarray]:
+def pictures(values: np.ndarray, valid: np.ndarray, band_names: Sequence[str]) -> dict[str, np.ndarray]:
     """values (bands, H, W) as pictures uint8 (H, W, 3), one for each of ``composites``; the bands of one are stretched
-    together from the 1st to the 99th percentile, so that their balance stays."""
+    together from the 1st to the 99th percentile of the valid (H, W) pixels, so that their balance stays; others black.
+    """
     found = {}
     for name, bands in composites(band_names).items():
         picture = values[list(bands)].transpose(1, 2, 0)
-        low, high = np.percentile(picture, (1, 99))
-        found[name] = (np.clip((picture - low) / max(high - low, 1e-6), 0, 1) * 255).round().astype(np.uint8)
+        low, high = np.percentile(picture[valid], (1, 99)) if valid.any() else (0, 1)
+        scaled = np.clip((picture - low) / max(high - low, 1e-6), 0, 1) * valid[..., None]
+        found[name] = (scaled * 255).round().astype(np.uint8)
     return found
