@@ -35,12 +35,12 @@ def print_comparison(recipe: Recipe, rows: Sequence[Row], found: Found) -> None:
 def write_compare_page(folder: Path, recipe: Recipe, rows: Sequence[Row], found: Found) -> Path:
     """Write ``report.html`` and return its path."""
     first = next(iter(found.values()))[0]
-    score = score_of(first)
+    score, plans = score_of(first), _plans(found)
+    bars = "; bars: standard deviation over seeds" if rows[0].seeds > 1 else ""
     values = [(row, row.scores[score]) for row in rows]
     points = {row.method: (row.trainable, value, row.spreads[score]) for row, value in values if value is not None}
     chart = plots.scatter(points, "trainable parameters", spelled(score))
-    seeds, plans = rows[0].seeds, _plans(found)
-    bars = "; bars: standard deviation over seeds" if seeds > 1 else ""
+    seeds = rows[0].seeds
     runs = {
         f"{method}, seed {r['seed']}": f"{method}/seed_{r['seed']}/report.html"
         for method, rs in found.items()

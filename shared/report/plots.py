@@ -21,7 +21,7 @@ COLOURS = (
     "#f0e442",
     "#999999",
 )  # Okabe and Ito, 2008
-WRITTEN = 12  # classes of a confusion matrix whose numbers are written in
+WRITTEN = 8  # classes of a confusion matrix whose numbers are written in
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
@@ -125,27 +125,27 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
 
     table = np.asarray(counts, float)
     shares = table / np.maximum(table.sum(1, keepdims=True), 1)
-    side = min(max(3.2, 1.2 + 0.17 * len(names)), 12)
+    side = min(max(3.4, 1.4 + 0.19 * len(names)), 12)
     figure, axes = _axes("prediction", "truth", (max(side, 4.4), side))
     colour = np.broadcast_to(to_rgba(COLOURS[0]), (*shares.shape, 4)).copy()
     colour[..., 3] = 0.04 + 0.96 * shares
     edges = {"edgecolors": INK, "linewidth": 0.3} if len(names) <= WRITTEN else {}
-    axes.pcolormesh(colour, rasterized=len(names) > 3 * WRITTEN, **edges)
+    axes.pcolormesh(colour, rasterized=len(names) > 30, **edges)
     axes.invert_yaxis()
     axes.grid(visible=False)
     axes.tick_params(length=0)
     short = [name if len(name) <= 16 else name[:15] + "…" for name in names]
     centres = np.arange(len(names)) + 0.5
     wide = len(names) > 4 or max(map(len, short)) > 11
-    axes.set_xticks(centres, short, fontsize=8, rotation=45 if wide else 0, ha="right" if wide else "center")
-    axes.set_yticks(centres, short, fontsize=8)
+    axes.set_xticks(centres, short, fontsize=9, rotation=45 if wide else 0, ha="right" if wide else "center")
+    axes.set_yticks(centres, short, fontsize=9)
     if len(names) <= WRITTEN:
         for row, column in np.ndindex(shares.shape):
             told = f"{shares[row, column]:.0%}"
             if len(names) <= 5:
                 told += f"\n{int(table[row, column]):,}"
             ink = "#ffffff" if shares[row, column] > 0.55 else INK
-            axes.text(column + 0.5, row + 0.5, told, ha="center", va="center", fontsize=7.5, color=ink)
+            axes.text(column + 0.5, row + 0.5, told, ha="center", va="center", fontsize=8.5, color=ink)
     return _svg(figure)
 
 
