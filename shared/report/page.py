@@ -11,12 +11,13 @@ from shared.store import write_atomically
 
 def page(title: str, *parts: str) -> str:
     """A whole document; ``parts`` are HTML made by this module's functions."""
+    heading = escape(title).replace("/", "/<wbr>").replace("_", "_<wbr>")  # long names of recipes break there
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f"<h1>{escape(title)}</h1>\n" + "\n".join(part for part in parts if part) + "\n</body>\n</html>\n"
+        f"<h1>{heading}</h1>\n" + "\n".join(part for part in parts if part) + "\n</body>\n</html>\n"
     )
 
 

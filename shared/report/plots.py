@@ -47,6 +47,8 @@ def curves(series: Series, x: str) -> str:
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     for (name, (xs, ys)), colour in zip(series.items(), _cycle(len(series)), strict=True):
         axes.plot(xs, ys, label=name, color=colour, linewidth=1.6, marker="o" if len(xs) < 2 else "")
+    if len(at := {x for xs, _ in series.values() for x in xs}) == 1:
+        axes.set_xticks(list(at))
     if len(series) > 1:
         figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=INK)
     return _svg(figure)

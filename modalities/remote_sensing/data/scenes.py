@@ -120,7 +120,7 @@ class Scenes:
         """A normalised image (bands, H, W) as pictures, uint8 (H, W, 3), by name (see ``composites.pictures``); invalid
         pixels, which are 0 in all bands, are black."""
         normalised = np.asarray(image, np.float32)
-        return pictures(self.normalisation.undo(normalised), normalised.any(0), self.band_names)
+        return pictures(self.normalisation.undo(normalised), (normalised != 0).any(axis=0), self.band_names)
 
     def _members(self, scenes: tuple[str, ...]) -> list[int]:
         return [index for index, scene in enumerate(self._scene_names) if scene in scenes]
