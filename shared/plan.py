@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import io
+import json
 import logging
 import math
 import shutil
@@ -49,9 +50,11 @@ class Plan(NamedTuple):
 
 
 def predict(task: Task, data: Any, engine: Engine, output: Path) -> dict[str, Any] | None:
-    """``plan`` as a dictionary; None, with a line in the log, where it fails: no run ends for want of a prediction."""
+    """``plan`` as a dictionary, told in the log; None where it fails: no run ends for want of a prediction."""
     try:
-        return plan(task, data, engine, output)._asdict()
+        found = plan(task, data, engine, output)._asdict()
+        _log.info("predicted %s", json.dumps(found))
+        return found
     except Exception as error:  # what is wrong with the training for good, the training itself will tell
         _log.warning("no prediction of the cost: %s: %s", type(error).__name__, error)
         return None

@@ -45,13 +45,16 @@ def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str 
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, emoji=False, width=WIDTH)
     rows = list(rows)
-    widths = [max(len(row[i]) for row in [[max(head.split() or [""], key=len)] * len(heads), *rows]) for i, head in
-              enumerate(heads)]  # fmt: skip
-    for columns in _pieces(widths, console.width):
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold")
+    cells = [[row[column] for row in rows] for column in range(len(heads))]
+    narrow = [max(map(len, [*head.split(), "", *cells[i]])) for i, head in enumerate(heads)]  # heads break at blanks
+    for columns in _pieces(narrow, console.width):
+        whole = [max(len(heads[column]), narrow[column]) for column in columns]
+        tight = sum(whole) + 2 * len(columns) + 2 > console.width
+        look = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "header_style": "bold"}
+        table = Table(title=title, title_justify="left", **look)
         for column in columns:
-            justify = "right" if column else "left"
-            table.add_column(heads[column], justify=justify, overflow="fold", min_width=min(widths[column], 40))
+            width = min(narrow[column], 40) if tight else None
+            table.add_column(heads[column], justify="right" if column else "left", overflow="fold", width=width)
         for row in rows:
             table.add_row(*(row[column] for column in columns))
         console.print(table)
@@ -59,10 +62,10 @@ def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str 
 
 
 def _pieces(widths: Sequence[int], room: int) -> Iterator[list[int]]:
-    """Columns that fit beside the first one in turn; each takes 3 characters more than its text."""
+    """Columns that fit beside the first one in turn; each takes 2 characters more than its text."""
     piece = [0]
     for column in range(1, len(widths)):
-        if len(piece) > 1 and sum(widths[i] + 3 for i in (*piece, column)) + 1 > room:
+        if len(piece) > 1 and sum(widths[i] + 2 for i in (*piece, column)) + 2 > room:
             yield piece
             piece = [0]
         piece.append(column)

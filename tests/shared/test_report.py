@@ -173,6 +173,15 @@ def test_tables_fit_the_width(capsys):
     assert "…" not in whole
 
 
+def test_heads_break_before_names_and_numbers_do(capsys):
+    heads = ["method", "overall accuracy", "trainable", "training", "step", "peak memory", "file"]
+    row = ["CloudAdapter", "0.065 ± 0.008", "2,840,516", "1,200 s", "146 ms", "915.7 MB", "410.6 KB"]
+    terminal.print_table(heads, [row])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split() for line in lines if "CloudAdapter" in line] == [" ".join(row).split()]
+
+
 def test_the_terminal_tells_what_the_page_does(capsys):
     test = {"accuracy": 0.75, "f1/a": 0.8, "f1/b": None, "recall/a": 1.0, "recall/b": 0.25, "support/a": 6}
     test |= {"support/b": 2, "confusion": [[5, 1], [2, 0]], "unit": "texts"}
