@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import statistics
 from collections import Counter
@@ -57,7 +56,7 @@ def compare(
     Data that the run's seed draws are the same for every method, and others for another seed.
 
     methods: names of the recipe's ``compare`` section, of classes, or their slugs; a method other than the recipe's own
-    runs with its defaults. None: the whole section. "all": every method that fits, the others are told. Runs go to
+    runs with its defaults. None: the whole section. "all": every method that needs no setting and fits; what does not is told. Runs go to
     ``<output>/<method>/seed_<n>``. Everything is checked before the first run starts.
     folds: cross-validation: each method and seed trains ``folds`` times, with ``data.fold`` 0, 1 ... of
     ``data.folds``, in ``seed_<n>/fold_<k>``, and is scored on all these test splits together (``Task.pooled``).
@@ -116,7 +115,7 @@ def _plan(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], folds: i
 def _ways(recipe: Recipe, methods: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
     """What is compared: names, and what each changes of the recipe."""
     if list(methods) == ["all"]:
-        methods = [entry.name for entry in catalog.entries("method")]
+        methods = [entry.name for entry in catalog.entries("method") if not any(a.required for a in entry.arguments)]
     if not (names := methods or list(recipe.variants)):
         raise RequestError("compare: name at least one method, such as --methods probe,lora")
     found: list[tuple[str, dict[str, Any]]] = []
@@ -131,6 +130,7 @@ def _ways(recipe: Recipe, methods: Sequence[str]) -> list[tuple[str, dict[str, A
 
 def _run(one: Planned, output: Path, data: Any) -> dict[str, Any]:
     """Train and test, or read what a finished run of the same recipe found."""
+    from shared.plan import forget_peak
     from shared.run import METRICS, RECIPE, check_same, run
 
     folder = output / one.place
@@ -138,7 +138,7 @@ def _run(one: Planned, output: Path, data: Any) -> dict[str, Any]:
         check_same(one.recipe, folder / RECIPE)
     if (folder / METRICS).is_file():
         return json.loads((folder / METRICS).read_text())
-    _forget_peak()
+    forget_peak()
     return run(one.recipe, folder, resume=begun, data=data)
 
 
@@ -202,13 +202,6 @@ def _latency(folder: Path, data: Any) -> dict[str, dict[str, float]]:
     found = {"one": latency(task, first(batch)), "batch": latency(task, batch, rounds=3, calls=2)}
     write_atomically(file, json.dumps(found, indent=1).encode())
     return found
-
-
-def _forget_peak() -> None:
-    """Start the process's peak memory anew, where the system can (Linux), so that each run has its own."""
-    gc.collect()
-    if (file := Path("/proc/self/clear_refs")).exists():
-        file.write_text("5")
 
 
 def _row(method: str, results: Sequence[Mapping[str, Any]], latency: dict[str, dict[str, float]]) -> Row:

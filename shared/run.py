@@ -35,9 +35,11 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, data: Any = None)
     data: the recipe's data where they are built already. A recipe for several processes starts them, unless torchrun
     did; each builds everything, and the first writes.
 
-    Returns what ``metrics.json`` holds: ``test`` results, ``parameters`` by role, ``cost``, ``steps``, ``epochs``,
-    ``best`` (which state was tested), and facts of the run. Raises RequestError and WorkError as the parts do.
+    Returns what ``metrics.json`` holds: ``test`` results, ``parameters`` by role, ``cost`` and what was ``predicted``
+    of it (or None), ``steps``, ``epochs``, ``best`` (which state was tested), and facts of the run. Raises RequestError
+    and WorkError as the parts do.
     """
+    from shared.plan import predict
     from shared.training.engine import available, fit
 
     engine = recipe.build("trainer")
@@ -52,16 +54,17 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, data: Any = None)
     described, parameters = data.describe(), task.model.count()
     for split in (data.train, data.validation, data.test):
         split()  # a split that cannot be had is refused now
-
     first = processes.rank() == 0
     with _writing(recipe, output, fresh=not resume) if first else nullcontext():
         _log.info("recipe %s (%s), seed %d%s", recipe.name, recipe.source, recipe.seed, ", resumed" if resume else "")
         _log.info("data %s", json.dumps(described))
         _log.info("parameters %s", json.dumps(parameters))
+        predicted = predict(task, data, engine, output) if engine.processes == 1 else None
         seed(recipe.seed)
         results = fit(task, data, engine, output, resume=resume)
         _log.info("test %s", json.dumps(results["test"]))
-        found = {**results, "seed": recipe.seed, "parameters": parameters, "data": described, "versions": versions()}
+        facts = {"seed": recipe.seed, "parameters": parameters, "data": described, "versions": versions()}
+        found = {**results, "predicted": predicted, **facts}
         return _written(recipe, output, found, task, data) if first else found
 
 

@@ -107,8 +107,11 @@ class Classification(Task):
             told = self.classes[truth] if said == truth else f"{self.classes[truth]}, said to be {self.classes[said]}"
             picture = framed(data.display(sample["image"]), colours["right" if said == truth else "wrong"])
             shown.append((f"{sample['name']}: {told}", picture))
-        rows = [shown[start : start + 4] for start in range(0, len(shown), 4)]
-        return Pictures([(f"{len(samples)} images test; these are {len(shown)}", dict(row)) for row in rows], colours)
+        rows = []
+        for start in range(0, len(shown), 4):
+            told = f"{start + 1} to {min(start + 4, len(shown))} of {len(shown)} out of {len(samples)} test images"
+            rows.append((told, dict(shown[start : start + 4])))
+        return Pictures(rows, {"Frame": colours})
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Refuses, before it reaches the device, a batch that would train or measure wrongly."""

@@ -111,6 +111,7 @@ def measure(confusion: Tensor, classes: Sequence[str]) -> dict[str, Any]:
     ``accuracy``.  ``macro_f1``: mean of F1 over the classes that occur in truth or prediction.
     ``balanced_accuracy``: mean of recall over the classes that occur in truth.  ``f1/<class>`` and ``recall/<class>``,
     None where undefined.  ``support/<class>``: texts in truth.  ``confusion``: the counts as lists.
+    ``unit``: what is counted.
     """
     counts = confusion.double()
     hit, truth, said = counts.diagonal(), counts.sum(1), counts.sum(0)
@@ -126,6 +127,7 @@ def measure(confusion: Tensor, classes: Sequence[str]) -> dict[str, Any]:
         **{f"recall/{name}": value for name, value in zip(classes, recall, strict=True)},
         **{f"support/{name}": int(n) for name, n in zip(classes, truth, strict=True)},
         "confusion": confusion.long().tolist(),
+        "unit": "texts",
     }
 
 

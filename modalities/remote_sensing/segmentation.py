@@ -124,20 +124,26 @@ class Segmentation(Task):
         map_files(scores, Feed.of(described), inputs, output, identity=identity, **options)
 
     def pictures(self, data: Any, count: int = 4) -> Any:
-        """Image, truth and prediction of ``count`` samples spread over the test split."""
-        from shared.report.plots import Pictures, class_colours, paint
+        """``count`` samples spread over the test split: the image in several band combinations, then truth, prediction
+        and errors."""
+        from shared.report.plots import RIGHT, WRONG, Pictures, class_colours, mistakes, paint
 
         samples: Any = data.test().dataset
-        colours, rows = class_colours(self.classes), []
+        colours, rows, ignored = class_colours(self.classes), [], False
         for index in sorted({round(i * (len(samples) - 1) / max(count - 1, 1)) for i in range(count)}):
             sample = samples[index]
-            said = self.predict(sample["image"][None].to(self.device))[0].cpu()
-            painted = {
-                label: paint(mask.numpy(), list(colours.values()), self.ignore_index)
-                for label, mask in (("truth", sample["mask"]), ("prediction", said))
-            }
-            rows.append((sample["name"], {"image": data.display(sample["image"]), **painted}))
-        return Pictures(rows, colours)
+            truth, said = sample["mask"].numpy(), self.predict(sample["image"][None].to(self.device))[0].cpu().numpy()
+            maps = [paint(mask, list(colours.values()), self.ignore_index) for mask in (truth, said)]
+            errors = mistakes(truth, said, self.ignore_index)
+            counts = truth != self.ignore_index
+            ignored |= not counts.all()
+            right = f"{(truth == said)[counts].mean():.1%} of its pixels are right" if counts.any() else "no labels"
+            rows.append((sample["name"], data.displays(sample["image"])))
+            shown = {"truth": maps[0], "prediction": maps[1], "errors": errors}
+            rows.append((f"{sample['name']}: {right}", shown))
+        unlabelled = {"ignored": "#000000"} if ignored else {}
+        judged = {"right": RIGHT, "wrong": WRONG}
+        return Pictures(rows, {"Classes": colours | unlabelled, "Errors": judged | unlabelled})
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Refuses, before it reaches the device, a batch that would train or measure wrongly."""

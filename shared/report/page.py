@@ -11,12 +11,13 @@ from shared.store import write_atomically
 
 def page(title: str, *parts: str) -> str:
     """A whole document; ``parts`` are HTML made by this module's functions."""
+    heading = escape(title).replace("/", "/<wbr>").replace("_", "_<wbr>")  # long names of recipes break there
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f"<h1>{escape(title)}</h1>\n" + "\n".join(part for part in parts if part) + "\n</body>\n</html>\n"
+        f"<h1>{heading}</h1>\n" + "\n".join(part for part in parts if part) + "\n</body>\n</html>\n"
     )
 
 
@@ -51,16 +52,18 @@ def links(targets: Mapping[str, str]) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 1) -> str:
-    """Rows of text; the columns from index ``numbers`` on are right-aligned."""
+    """Rows of text; the columns from index ``numbers`` on are right-aligned. On a phone a row of more than three
+    columns becomes a list, each cell with its head before it."""
 
     def cells(tag: str, row: Sequence[str]) -> str:
+        named = [f' data-head="{escape(head)}"' if tag == "td" and head and i else "" for i, head in enumerate(heads)]
         kind = [' class="number"' if i >= numbers else "" for i in range(len(row))]
-        return "".join(f"<{tag}{k}>{escape(text)}</{tag}>" for k, text in zip(kind, row, strict=True))
+        return "".join(f"<{tag}{k}{n}>{escape(text)}</{tag}>" for k, n, text in zip(kind, named, row, strict=True))
 
     head = f"<thead><tr>{cells('th', heads)}</tr></thead>" if any(heads) else ""
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    facts = ' class="facts"' if len(heads) == 2 else ""
-    return f'<div class="scroll"><table{facts}>{head}<tbody>{body}</tbody></table></div>'
+    kind = "facts" if len(heads) <= 3 else "wide"
+    return f'<div class="scroll"><table class="{kind}">{head}<tbody>{body}</tbody></table></div>'
 
 
 def bars(values: Mapping[str, float | None], counts: Mapping[str, float | None], unit: str = "px") -> str:
@@ -85,15 +88,22 @@ def figures(charts: Mapping[str, str]) -> str:
 
 def pictures(caption: str, images: Mapping[str, str]) -> str:
     """Images (data addresses) by label, side by side under one caption."""
-    columns = f"grid-template-columns: repeat({len(images)}, minmax(0, 1fr))"
+    many = " many" if len(images) > 3 else ""
     items = [
         f'<figure><img alt="{escape(label)} of {escape(caption)}" src="{escape(source)}">'
         f"<figcaption>{escape(label)}</figcaption></figure>"
         for label, source in images.items()
     ]
-    return f'<div class="pictures" style="{columns}"><p>{escape(caption)}</p>{"".join(items)}</div>'
+    return f'<div class="pictures{many}" style="--n: {len(images)}"><p>{escape(caption)}</p>{"".join(items)}</div>'
 
 
-def legend(colours: Mapping[str, str]) -> str:
+def gallery(rows: Iterable[str]) -> str:
+    """Rows of ``pictures``, two beside each other where there is room."""
+    return f'<div class="gallery">{"".join(rows)}</div>'
+
+
+def legend(colours: Mapping[str, str], title: str = "") -> str:
+    """What each colour means, after what they are the colours of."""
+    head = f"<li><b>{escape(title)}</b></li>" if title else ""
     items = [f'<li><i style="background:{escape(c)}"></i>{escape(name)}</li>' for name, c in colours.items()]
-    return f'<ul class="legend">{"".join(items)}</ul>'
+    return f'<ul class="legend">{head}{"".join(items)}</ul>'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,11 @@ from shared.report import page, plots
 
 _FIRST = ("loss", "miou", "iou", "accuracy", "macro_f1", "f1")  # charts in this order, others behind
 _SPELLED = {"miou": "mIoU", "iou": "IoU", "oa": "overall accuracy", "f1": "F1", "macro_f1": "macro-F1"}
+
+COST = (
+    "Predicted before training, from a few batches. Step: one batch, the median. Training: with its checks. Peak "
+    "memory: of the whole process, or of the GPU's tensors where a GPU trains."
+)
 
 
 def write_run_page(folder: Path, recipe: Recipe, found: Mapping[str, Any], pictures: plots.Pictures | None) -> None:
@@ -24,8 +29,8 @@ def write_run_page(folder: Path, recipe: Recipe, found: Mapping[str, Any], pictu
         *per_class(found["test"]),
         page.section("Training", page.figures(_curves(folder / "metrics.csv"))),
         _pictures(pictures),
-        _confusion(found["test"]),
-        page.section("Size and cost", page.table(("", ""), cost_rows(found))),
+        _confusion(found),
+        page.section("Size and cost", page.table(("", "predicted", "measured"), cost_rows(found)), page.lead(COST)),
         page.section("Data", page.code(_compact(found["data"]))),
         page.section("Recipe, as it ran", page.code(recipe.text())),
         page.section("Versions", page.table(("", ""), found["versions"].items(), numbers=2)),
@@ -75,20 +80,38 @@ def grouped(results: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     return dict(groups)
 
 
-def cost_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    parameters, cost = found["parameters"], found["cost"]
+def cost_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What, as predicted (blank: it was not) and as measured."""
+    parameters, cost, told = found["parameters"], found["cost"], found.get("predicted")
     share = parameters["trainable"] / max(parameters["trainable"] + parameters["frozen"], 1)
-    return [
-        ("trainable parameters", f"{parameters['trainable']:,} ({share:.2%} of all)"),
-        ("of them adapter", f"{parameters['adapter']:,}"),
-        ("of them head", f"{parameters['head']:,}"),
-        ("frozen parameters", f"{parameters['frozen']:,}"),
-        ("adapter file", size(found["file_bytes"])),
-        ("training steps", f"{found['steps']:,} in {found['epochs']:,} epochs"),
-        ("time of a step (median)", f"{1000 * cost['step_seconds']:.1f} ms"),
-        ("time of training", f"{cost['train_seconds']:.1f} s"),
-        ("peak memory", size(cost["peak_memory_bytes"])),
+    rows = [
+        ("trainable parameters", "trainable", "{:,}".format, parameters["trainable"]),
+        ("time of a step", "step_seconds", milliseconds, cost["step_seconds"]),
+        ("time of training", "train_seconds", seconds, cost["train_seconds"]),
+        ("peak memory", "peak_memory_bytes", size, cost["peak_memory_bytes"]),
     ]
+    beside = [(name, write(told[key]) if told else "–", write(value)) for name, key, write, value in rows]
+    return [
+        *beside,
+        ("share of all parameters", "", f"{share:.2%}"),
+        ("trainable in the adapter", "", f"{parameters['adapter']:,}"),
+        ("trainable in the head", "", f"{parameters['head']:,}"),
+        ("frozen parameters", "", f"{parameters['frozen']:,}"),
+        ("adapter file", "", size(found["file_bytes"])),
+        ("training steps", "", f"{found['steps']:,} in {found['epochs']:,} epochs"),
+    ]
+
+
+def milliseconds(value: float) -> str:
+    return f"{1000 * value:,.1f} ms" if value < 0.1 else f"{1000 * value:,.0f} ms" if value < 10 else seconds(value)
+
+
+def seconds(value: float) -> str:
+    """A time in the units that read best."""
+    if value < 100:
+        return f"{value:.1f} s"
+    minutes = round(value / 60)
+    return f"{value / 60:.1f} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def size(count: float) -> str:
@@ -128,18 +151,37 @@ def _curves(path: Path) -> dict[str, str]:
 def _pictures(pictures: plots.Pictures | None) -> str:
     if pictures is None or not pictures.rows:
         return ""
+    legends = [page.legend(colours, title) for title, colours in pictures.legends.items()]
     rows = [page.pictures(c, {label: plots.png(a) for label, a in images.items()}) for c, images in pictures.rows]
-    return page.section("Pictures of the test split", page.legend(pictures.colours), *rows)
+    return page.section("Pictures of the test split", *legends, page.gallery(rows))
 
 
-def _confusion(results: Mapping[str, Any]) -> str:
-    matrix, names = results.get("confusion"), list(grouped(results).get("support", {}))
-    if not matrix or len(names) != len(matrix):
+def class_names(found: Mapping[str, Any]) -> list[str]:
+    """Names of the rows of the confusion matrix; numbers where neither the data nor the results name as many."""
+    count = len(found["test"]["confusion"])
+    for names in (found["data"].get("classes"), grouped(found["test"]).get("support")):
+        if names and len(names) == count:
+            return [str(name) for name in names]
+    return [str(number) for number in range(count)]
+
+
+def confusions(matrix: Sequence[Sequence[int]], names: Sequence[str], most: int = 6) -> list[tuple[str, str, str]]:
+    """The largest counts beside the diagonal: what for what, count, and share of the truth."""
+    wrong = [(n, i, j) for i, row in enumerate(matrix) for j, n in enumerate(row) if i != j and n]
+    wrong.sort(key=lambda each: -each[0])
+    return [(f"{names[i]} as {names[j]}", f"{n:,}", f"{n / sum(matrix[i]):.1%}") for n, i, j in wrong[:most]]
+
+
+def _confusion(found: Mapping[str, Any]) -> str:
+    matrix = found["test"].get("confusion")
+    if not matrix:
         return ""
-    rows = [(name, *(f"{count:,}" for count in row)) for name, row in zip(names, matrix, strict=True)]
-    return page.section(
-        f"Confusion (rows truth, columns prediction, {results.get('unit', 'pixels')})", page.table(("", *names), rows)
-    )
+    names, unit = class_names(found), found["test"].get("unit", "pixels")
+    chart = page.figures({f"Share of the {unit} of each true class (row) that were predicted as each (column)": (
+        plots.confusion(matrix, names)
+    )})  # fmt: skip
+    errors = page.table(("largest errors", unit, "of the class"), confusions(matrix, names))
+    return page.section(f"Confusion of classes ({unit})", chart, errors)
 
 
 def _compact(values: Any) -> str:

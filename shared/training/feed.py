@@ -141,7 +141,7 @@ class Feed(LightningDataModule):
         loader, trainer = self.loaders["train"], self.trainer
         assert trainer is not None
         self.shares = Shares(loader, self.order, trainer.fit_loop, trainer.global_rank, trainer.world_size)
-        return _rebuilt(loader, self.shares)
+        return rebuilt(loader, Seeded(loader.dataset), self.shares)
 
     def val_dataloader(self) -> DataLoader:
         return self._in_turns("validation")
@@ -153,7 +153,7 @@ class Feed(LightningDataModule):
         loader, trainer = self.loaders[split], self.trainer
         assert trainer is not None
         self.turns[split] = Turns(loader, self.order, trainer.global_rank, trainer.world_size)
-        return _rebuilt(loader, self.turns[split])
+        return rebuilt(loader, Seeded(loader.dataset), self.turns[split])
 
 
 def batches_of(loader: DataLoader) -> Any:
@@ -191,11 +191,11 @@ def check(loaders: dict[str, DataLoader], world: int) -> None:
         raise RequestError("the train loader gives whole batches, which cannot be divided among processes: use one")
 
 
-def _rebuilt(loader: DataLoader, batches: Sampler) -> DataLoader:
-    """The loader with another order, of keys."""
+def rebuilt(loader: DataLoader, dataset: Dataset, batches: Sampler) -> DataLoader:
+    """The loader with another data set and other batches of its indices."""
     order = {"batch_size": None, "sampler": batches} if loader.batch_sampler is None else {"batch_sampler": batches}
     return DataLoader(
-        Seeded(loader.dataset),
+        dataset,
         **order,  # type: ignore[arg-type]
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,

@@ -72,6 +72,7 @@ def test_the_page_holds_the_table_the_plot_and_the_runs(compared):
         assert f"{row.trainable:,}" in text
         assert f'href="{row.method}/seed_1/report.html"' in text
     assert "trainable parameters" in text
+    assert "Cost, predicted / measured" in text
     assert text.count("<svg") == 1
     assert "weights are random" in text
     assert json.loads((folder / "compare.json").read_text())[0]["method"] == "Probe"
@@ -85,6 +86,9 @@ def test_printing(compared, small, capsys):
     print_comparison(small, rows, found)
     out = capsys.readouterr().out
     assert "IoU thin cloud" in out
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    cells = [f"{1000 * r[of]['step_seconds']:.1f}" for r in found["LoRA"] for of in ("predicted", "cost")]
+    assert f"{cells[0]} ms / {cells[1]} ms" in out
     assert f"{rows[1].trainable:,}" in out
     assert "weights are random" in out
 

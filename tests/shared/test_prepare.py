@@ -47,7 +47,7 @@ class Prepared(Method):
 
     def prepare(self, model: Any, name: str, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
         for adapter in model.bank[name].values():
-            adapter.towards.fill_(sum(float(loss(batch)) for batch in batches))
+            adapter.towards.fill_(sum(float(loss(batch).detach()) for batch in batches))
 
     def step(self, adapters: Mapping[str, nn.Module], number: int, generator: Generator) -> None:
         for adapter in adapters.values():

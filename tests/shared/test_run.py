@@ -79,6 +79,8 @@ def test_the_directory_holds_what_it_promises(done, small):
     )
     assert found["parameters"]["adapter"] == 2 * 2 * (12 + 12) == run.count(small)["adapter"]
     assert found["steps"] == 2 * found["epochs"] == 4
+    assert found["predicted"]["trainable"] == found["parameters"]["trainable"]
+    assert found["predicted"].keys() == {*found["cost"], "trainable", "plan_seconds"}
     assert found["file_bytes"] == (folder / "adapter.safetensors").stat().st_size
     with open(folder / "metrics.csv", newline="") as file:
         losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
@@ -114,7 +116,19 @@ def test_the_page_is_whole_self_contained_and_escaped(done):
     assert "<&>" not in text
     assert "weights are random" in text
     assert f"{found['test']['miou']:.4f}" in text
-    assert text.count('<img alt="prediction of ') == len([a for a in page.addresses if a.startswith("data:")]) // 3 > 0
+    for label in (
+        "true colour",
+        "NIR, red, green",
+        "truth",
+        "prediction",
+        "errors",
+    ):  # every image of the charts is one
+        assert (
+            text.count(f'<img alt="{label} of ') == len([a for a in page.addresses if a.startswith("data:")]) // 5 > 0
+        )
+    assert "Confusion of classes (pixels)" in text
+    assert f"{1000 * found['predicted']['step_seconds']:.1f} ms" in text
+    assert len(text) < 400_000
     assert text.count("<svg") >= 3
     assert "rank: 2" in text
     assert torch.__version__.partition("+")[0] in text
@@ -122,7 +136,7 @@ def test_the_page_is_whole_self_contained_and_escaped(done):
 
 def test_the_log_tells_data_parameters_and_scores(done):
     text = (done[0] / "log.txt").read_text()
-    for word in ("recipe small", "data {", "parameters {", "test {", "done: "):
+    for word in ("recipe small", 'predicted {"trainable": ', "data {", "parameters {", "test {", "done: "):
         assert word in text
 
 

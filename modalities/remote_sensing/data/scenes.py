@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from modalities.remote_sensing.data.composites import shown
 from modalities.remote_sensing.data.samples import Tiles
 from modalities.remote_sensing.data.splits import SPLITS, Split
 from modalities.remote_sensing.data.statistics import (
@@ -20,7 +21,6 @@ from modalities.remote_sensing.data.statistics import (
     Survey,
     given,
     measured,
-    picture,
     survey,
 )
 from modalities.remote_sensing.data.tiling import Tile, tiles
@@ -121,8 +121,12 @@ class Scenes:
         }
 
     def display(self, image: Tensor | np.ndarray) -> np.ndarray:
-        """A normalised image (bands, H, W) as a picture, uint8 (H, W, 3), see ``picture``."""
-        return picture(self.normalisation.undo(np.asarray(image, np.float32)), self.band_names)
+        """The first of ``displays``."""
+        return next(iter(self.displays(image).values()))
+
+    def displays(self, image: Tensor | np.ndarray) -> dict[str, np.ndarray]:
+        """A normalised image (bands, H, W) as pictures, uint8 (H, W, 3), by name (see ``composites``)."""
+        return shown(image, self.normalisation, self.band_names)
 
     def _members(self, scenes: tuple[str, ...]) -> list[int]:
         return [index for index, scene in enumerate(self._scene_names) if scene in scenes]

@@ -66,18 +66,3 @@ def measured(surveys: Iterable[Survey], band_names: Sequence[str]) -> Normalisat
     for moments in others:
         total += moments
     return total.normalisation(band_names)
-
-
-def picture(values: np.ndarray, band_names: Sequence[str]) -> np.ndarray:
-    """An image (bands, H, W) in stored units as a picture, uint8 (H, W, 3).
-
-    Its red, green and blue bands if it has them, else the first three, else the first as grey; stretched together
-    from the 1st to the 99th percentile.
-    """
-    names = [name.casefold() for name in band_names]
-    chosen = [0, 1, 2] if len(names) > 2 else [0, 0, 0]
-    if {"red", "green", "blue"} <= set(names):
-        chosen = [names.index(colour) for colour in ("red", "green", "blue")]
-    stretched = values[chosen].transpose(1, 2, 0)
-    low, high = np.percentile(stretched, (1, 99))
-    return (np.clip((stretched - low) / max(high - low, 1e-6), 0, 1) * 255).round().astype(np.uint8)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Subset
 
+from modalities.remote_sensing.data.composites import shown
 from modalities.remote_sensing.data.folders import Labels, choose
 from modalities.remote_sensing.data.splits import SPLITS, split_scenes
-from modalities.remote_sensing.data.statistics import IGNORE, Moments, Normalisation, Survey, given, measured, picture
+from modalities.remote_sensing.data.statistics import IGNORE, Moments, Normalisation, Survey, given, measured
 from modalities.remote_sensing.data.torchgeo_naming import build_dataset, build_sampler, installed
 from modalities.remote_sensing.data.torchgeo_samples import Part, Reader, Samples, drawn_by, shared_ground
 from shared.errors import RequestError
@@ -126,9 +127,9 @@ class TorchGeo:
             "splits": {name: self._describe(part) for name, part in self._parts.items()},
         }
 
-    def display(self, image: Tensor | np.ndarray) -> np.ndarray:
-        """A normalised image (bands, H, W) as a picture, uint8 (H, W, 3), see ``picture``."""
-        return picture(self.normalisation.undo(np.asarray(image, np.float32)), self.band_names)
+    def displays(self, image: Tensor | np.ndarray) -> dict[str, np.ndarray]:
+        """A normalised image (bands, H, W) as pictures, uint8 (H, W, 3), by name (see ``composites``)."""
+        return shown(image, self.normalisation, self.band_names)
 
     def _describe(self, part: Part) -> dict[str, Any]:
         return {

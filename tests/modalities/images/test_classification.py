@@ -228,7 +228,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_the_page_shows_recall_confusion_and_pictures(trained):
     text = (trained[0] / "report.html").read_text()
     assert "recall by class" in text
-    assert "Confusion (rows truth, columns prediction, images)" in text
+    assert "Confusion of classes (images)" in text
     assert "macro-F1" in text
     assert "2 images" in text
     assert " px<" not in text

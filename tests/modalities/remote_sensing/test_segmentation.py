@@ -55,8 +55,8 @@ class Data:
 
     test = validation
 
-    def display(self, image: Tensor) -> Any:
-        return (image.clamp(0, 1) * 255).byte().movedim(0, -1).numpy()
+    def displays(self, image: Tensor) -> Any:
+        return {"true colour": (image.clamp(0, 1) * 255).byte().movedim(0, -1).numpy()}
 
 
 class Patches(nn.Module):
@@ -197,20 +197,35 @@ def test_predict_refuses_what_it_cannot_judge() -> None:
         task().predict(torch.full((1, 3, 8, 8), float("nan")))
 
 
-def test_pictures_show_image_truth_and_prediction() -> None:
-    pytest.importorskip("shared.report")
+def test_pictures_show_image_truth_prediction_and_errors() -> None:
+    from shared.report.plots import RIGHT, WRONG
+
     segmentation, data = task(), Data()
     found = segmentation.pictures(data, count=3)
-    assert [name for name, _ in found.rows] == ["tile0", "tile4", "tile7"]
-    assert list(found.colours) == list(data.classes)
-    _, shown = found.rows[1]
+    names = [name.partition(":")[0] for name, _ in found.rows]
+    assert names == ["tile0", "tile0", "tile4", "tile4", "tile7", "tile7"]
+    assert found.legends == {
+        "Classes": {**dict(zip(data.classes, found.legends["Classes"].values(), strict=False)), "ignored": "#000000"},
+        "Errors": {"right": RIGHT, "wrong": WRONG, "ignored": "#000000"},
+    }
+    (_, image), (caption, shown) = found.rows[2:4]
+    assert list(image) == ["true colour"]
     assert {label: array.shape for label, array in shown.items()} == dict.fromkeys(
-        ("image", "truth", "prediction"), (32, 32, 3)
+        ("truth", "prediction", "errors"), (32, 32, 3)
     )
-    assert not shown["truth"][:6, :6].any()  # no label there: black
-    said = segmentation.predict(data.samples[4]["image"][None])[0]
-    colours = {tuple(shown["prediction"][said.numpy() == c][0]) for c in said.unique().tolist()}
-    assert len(colours) == len(said.unique())
+    truth = data.samples[4]["mask"].numpy()
+    ignored = truth == segmentation.ignore_index
+    assert ignored[:6, :6].all()
+    said = segmentation.predict(data.samples[4]["image"][None])[0].numpy()
+    assert not shown["truth"][ignored].any()
+    colours = list(found.legends["Classes"].values())
+    for label, mask, palette in (
+        ("truth", truth, colours), ("prediction", said, colours), ("errors", truth != said, [RIGHT, WRONG])
+    ):  # fmt: skip
+        painted = ["#" + bytes(pixel).hex() for pixel in shown[label][~ignored]]
+        assert painted == [palette[int(value)] for value in mask[~ignored]]
+    right = (truth == said)[~ignored].mean()
+    assert caption == f"tile4: {right:.1%} of its pixels are right"
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,196 @@
+"""What a training will cost, told before it starts: a few of its batches are trained on a copy of the task."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import io
+import json
+import logging
+import math
+import shutil
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lightning.pytorch import Callback
+from torch.utils.data import DataLoader, Sampler
+
+from shared.errors import RequestError
+from shared.training.feed import batches_of, rebuilt
+
+if TYPE_CHECKING:
+    from shared.training.engine import Engine
+    from shared.training.task import Task
+
+TRIED = 4  # training batches; the first one, on which all is slow, is not timed
+CHECKED = 2  # validation batches
+_log = logging.getLogger("omniadapt")
+
+
+class Plan(NamedTuple):
+    """A prediction, in the names and units of what ``fit`` measures.
+
+    trainable: parameters that the optimiser holds.  step_seconds: of one batch.  train_seconds: of the whole training
+    with its checks, without early stopping.  peak_memory_bytes.  plan_seconds: what the prediction took.
+    """
+
+    trainable: int
+    step_seconds: float
+    train_seconds: float
+    peak_memory_bytes: int
+    plan_seconds: float
+
+
+def predict(task: Task, data: Any, engine: Engine, output: Path) -> dict[str, Any] | None:
+    """``plan`` as a dictionary, told in the log; None where it fails: no run ends for want of a prediction."""
+    try:
+        found = plan(task, data, engine, output)._asdict()
+        _log.info("predicted %s", json.dumps(found))
+        return found
+    except Exception as error:  # what is wrong with the training for good, the training itself will tell
+        _log.warning("no prediction of the cost: %s: %s", type(error).__name__, error)
+        return None
+    finally:
+        gc.collect()  # the copy, whose parts hold each other
+        forget_peak()
+
+
+def plan(task: Task, data: Any, engine: Engine, output: Path) -> Plan:
+    """Train ``TRIED`` batches through ``fit`` on a copy of ``task``, which shares the frozen weights.
+
+    Task, loaders and the global random states stay as they are, bit for bit; what a data set draws from a generator of
+    its own does not. Works in a folder below ``output``, which it removes. Batches are taken to differ in content
+    alone: where they differ in size, the first ones speak for all.
+
+    Raises RequestError where several processes train, and what ``fit`` raises.
+    """
+    from lightning.pytorch.utilities.seed import isolate_rng
+
+    from shared.training.engine import fit
+
+    if engine.processes > 1:
+        raise RequestError("costs are predicted for one process")
+    began, folder, watch = time.perf_counter(), output / ".plan", _Watch()
+    short = replace(
+        engine, epochs=1, steps=None, patience=None, check_every=1, save_every=None, monitor="train/loss"
+    )  # a metric may be undefined on so few samples
+    with isolate_rng(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # no progress bar either
+        warnings.simplefilter("ignore")
+        train, validation = data.train(), data.validation()
+        few, checks = _first(train, TRIED), _first(validation, CHECKED)
+        trial = _trial(task, engine, watch)
+        forget_peak()
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            cost = fit(trial, SimpleNamespace(train=few, validation=checks, test=checks), short, folder)["cost"]
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    copied = 0 if watch.on_gpu else sum(p.nbytes for p in task.parameters() if p.requires_grad)
+    return Plan(
+        trainable=watch.trainable,
+        step_seconds=watch.step,
+        train_seconds=watch.training(engine, len(train), len(validation)),
+        peak_memory_bytes=int(cost["peak_memory_bytes"]) - copied,
+        plan_seconds=time.perf_counter() - began,
+    )
+
+
+def forget_peak() -> None:
+    """Start the process's peak memory anew, where the system can (Linux)."""
+    if (file := Path("/proc/self/clear_refs")).exists():
+        with contextlib.suppress(OSError):  # some containers forbid it
+            file.write_text("5")
+
+
+def _trial(task: Task, engine: Engine, watch: Callback) -> Task:
+    """A copy that is watched while it trains. Frozen parameters are shared, for they are most of the memory, but not
+    where training converts them in place."""
+    shared = () if engine.precision == "64" else (p for p in task.parameters() if not p.requires_grad)
+    trial = copy.deepcopy(task, {id(parameter): parameter for parameter in shared})
+    trial.configure_callbacks = lambda: [watch]
+    return trial
+
+
+class _First(Sampler):
+    """The first ``count`` batches of a loader's order. The order is a copy: it may keep its place or a generator."""
+
+    def __init__(self, loader: DataLoader, count: int):
+        self.batches: Any = copy.deepcopy(batches_of(loader), {id(loader.dataset): loader.dataset})
+        self.sampler = getattr(self.batches, "sampler", self.batches)  # the engine seeds it
+        self.count = min(count, len(self.batches))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self.batches, self.count)
+
+
+def _first(loader: DataLoader, count: int) -> Any:
+    few = rebuilt(loader, loader.dataset, _First(loader, count))
+    return lambda: few
+
+
+class _Watch(Callback):
+    """Takes the times of a short training of one epoch that ends with a check.
+
+    steps, waits: seconds of each training batch, and between it and the one before.  ends: moments at which validation
+    batches were done.  after: seconds from the last training batch to the end, its check included.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.waits: list[float] = []
+        self.ends: list[float] = []
+        self.after, self.trainable, self.on_gpu = 0.0, 0, False
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        groups = [group for optimiser in trainer.optimizers for group in optimiser.param_groups]
+        self.trainable = sum(p.numel() for group in groups for p in group["params"])
+        self.on_gpu, self.mark = pl_module.device.type == "cuda", time.perf_counter()
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        now = time.perf_counter()
+        self.waits.append(now - self.mark)
+        self.mark = now
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        now = time.perf_counter()
+        self.steps.append(now - self.mark)
+        self.mark = now
+
+    def on_validation_batch_start(self, *args: Any) -> None:
+        if not self.ends:
+            self.ends.append(time.perf_counter())
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+    def on_train_end(self, *args: Any) -> None:
+        self.after = time.perf_counter() - self.mark
+
+    @property
+    def step(self) -> float:
+        """The median time of a batch but the first."""
+        return statistics.median(self.steps[1:] or self.steps)
+
+    def training(self, engine: Engine, batches: int, validation: int) -> float:
+        """Seconds of a training by ``engine`` with so many batches in an epoch and in a check."""
+        total = engine.epochs * batches if engine.epochs else engine.total_steps(batches) * engine.accumulate
+        wait = statistics.median(self.waits[1:] or self.waits)
+        check = self.after + (self.ends[-1] - self.ends[-2]) * (validation - (len(self.ends) - 1))
+        # The first wait starts the loader; what else is slow the first time is so in this trial alone.
+        return (
+            self.waits[0]
+            + (total - 1) * wait
+            + total * self.step
+            + math.ceil(total / (engine.check_every * batches)) * check
+        )
