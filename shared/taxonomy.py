@@ -34,7 +34,8 @@ class Record:
     categories: the first is the main one.  acts_on: what it changes.  form: how it stands to the frozen computation.
     mergeable: into the frozen weights, with no cost afterwards ("conditional": for some of its settings).
     trains: the number of its parameters at one site, as a Python expression in ``rows`` and ``columns`` of the adapted
-    matrix, ``size`` of the tensor, ``site``, and the method's own arguments.
+    matrix, ``size`` of the tensor, ``site``, ``block`` of ``blocks`` (those adapted, counted from 0), and the method's
+    own arguments.
     once: the same for what all sites share, in ``sites`` (their number) and the arguments.
     needs: what it looks at before training.  backward: whether a training step goes back through the frozen model.
     modality: the package it is for, "any" for all.  spec: its system, empty where it has none.
@@ -85,8 +86,10 @@ def count(record: Record, method: Any, sites: Any) -> int:
     allowed = {"__builtins__": {}, "min": min, "max": max, "int": int, "len": len, "str": str, "ceil": math.ceil}
     arguments = {name: getattr(method, name) for name in method.__dataclass_fields__}
     total = eval(record.once, allowed, arguments | {"sites": len(sites)})  # our own source, not a user's
+    depths = sorted({site.depth for site in sites})
     for site in sites:
         shape = site.weight.shape if site.parameter else (0,)
         facts = {"rows": shape[0], "columns": math.prod(shape[1:]), "size": math.prod(shape)}
-        total += eval(record.trains, allowed, {**arguments, **facts, "site": site})
+        facts |= {"site": site, "block": depths.index(site.depth), "blocks": len(depths)}
+        total += eval(record.trains, allowed, {**arguments, **facts})
     return int(total)
