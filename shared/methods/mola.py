@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -124,7 +124,7 @@ def _routed(adapters: Mapping[str, nn.Module]) -> list[Experts]:
 _OFFICIAL = re.compile(r"(?P<layer>.+)\.(?:(?P<part>lora_[AB])\.[^.]+_(?P<expert>\d+)|router\.router)\.weight")
 
 
-def load_official(model: Adapted, path: str | os.PathLike, *, name: str = "default") -> None:
+def load_official(model: Adapted, path: str | Path, *, name: str = "default") -> None:
     """Fill the adapter ``name`` from a file of the official code.
 
     Its keys are ``<layer>.lora_A.<adapter>_<expert>.weight`` (rank, inputs), ``lora_B`` (outputs, rank) and
