@@ -12,4 +12,5 @@ from shared.methods.mosa import MoSA as MoSA
 from shared.methods.norm_tuning import NormTuning as NormTuning
 from shared.methods.probe import Probe as Probe
 from shared.methods.prompts import Prompt as Prompt
+from shared.methods.sketchtune import SketchTune as SketchTune
 from shared.methods.ssf import SSF as SSF

@@ -73,6 +73,7 @@ class Case:
         # torch's own attention takes a fused path without gradients and another with them.
         self.bare_with_gradients = rows(self.backbone(*self.inputs)).detach()
         self.host, self.model = host, adapt(self.backbone, self.method, sites=self.sites, example=self.inputs)
+        self.model.prepare([self.inputs], lambda batch: rows(self.model(*batch)).square().mean())
 
     def perturb(self, name: str = "default", seed: int = 0) -> Case:
         generator = torch.Generator().manual_seed(seed)
