@@ -111,7 +111,9 @@ class Sketched(Adapter):
         assert weight is not None
         rows, columns = weight.shape
         if groups < 1 or columns % (2 * groups):
-            raise RequestError(f"{groups} groups at {where}: its {columns} columns do not divide into groups of even size")
+            raise RequestError(
+                f"{groups} groups at {where}: its {columns} columns do not divide into groups of even size"
+            )
         self.host, self.bare = (host,), False  # in a tuple, as it is no module of this adapter's
         self.table = nn.Parameter(torch.empty(rows, groups, 2**bits, dtype=dtype, device=weight.device))
         packed = torch.empty(rows, groups, columns // groups // 2, dtype=torch.uint8, device=weight.device)

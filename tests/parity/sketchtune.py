@@ -35,10 +35,12 @@ def replay(case: dict[str, np.ndarray], meta: dict[str, Any]) -> dict[str, tuple
 
 
 def _learnt(given: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    moment, inputs = SecondMoment(), given["in.learn.X"]
-    for sample in inputs:
-        moment.add(sample[None], torch.ones(1, len(sample), dtype=torch.bool))
-    hessian = 2 / len(inputs) * moment.total
+    inputs = given["in.learn.X"]
+    hessian = torch.zeros(inputs.shape[-1], inputs.shape[-1])
+    for count, sample in enumerate(inputs, 1):  # scaled as it grows, as published, for the same rounding
+        moment = SecondMoment()
+        moment.add((2 / count) ** 0.5 * sample[None], torch.ones(1, len(sample), dtype=torch.bool))
+        hessian = hessian * ((count - 1) / count) + moment.total
     table, codes = learn(
         given["in.learn.W"], hessian, config["bits"], 1, exponent=config["exponent"], damping=config["percdamp"],
         block=config["blocksize"],
