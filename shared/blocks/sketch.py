@@ -1,6 +1,7 @@
 """Sketched weights: a small table of values for each row and group of columns, and a 4-bit code for each entry.
 
-W[i, g * S + c] = table[i, g, code[i, g, c]], with S columns a group. Two codes a byte, the even column in the high half.
+W[i, g * S + c] = table[i, g, code[i, g, c]], with S columns a group; two codes a byte, that of
+the even column in the high half.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Learning a sketch from data: weighted k-means, then rounding with the error passed on (Zhang and Shrivastava, 2024)."""
+"""Learning a sketch from data: weighted k-means, then rounding that passes errors on (Zhang and Shrivastava, 2024)."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ def learn(
     diagonal[unused] = 1
     values[:, unused] = 0
     diagonal += damping * diagonal.mean()
-    try:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
-        factor = torch.linalg.cholesky(inverse, upper=True)
-    except torch.linalg.LinAlgError:
-        raise WorkError(f"the statistics at {where} have no inverse: raise damping (now {damping:g})") from None
+    lower, failed = torch.linalg.cholesky_ex(moment)
+    factor, failed_again = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if failed or failed_again:
+        raise WorkError(f"the statistics at {where} have no inverse: raise damping (now {damping:g})")
     size = values.shape[1] // groups
     importance = (factor.diagonal() / factor.diagonal().min()).pow(-exponent)
     parts = zip(values.split(size, 1), importance.split(size), strict=True)

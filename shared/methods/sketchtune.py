@@ -1,4 +1,4 @@
-"""SketchTune: weights compressed to codes and small tables of values, of which the tables train (Zhang et al., 2025)."""
+"""SketchTune: weights compressed to codes and small tables of values, which train (Zhang et al., 2025)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch._utils import _rebuild_tensor_v2
 
 from shared.blocks.placement import linears
 from shared.blocks.sketch import Sketched
@@ -181,7 +182,7 @@ class _Tensors(pickle.Unpickler):
     """Unpickles tensors in plain containers; whatever else a pickle would call is refused."""
 
     KNOWN: ClassVar[dict[tuple[str, str], Any]] = {
-        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2,
         ("torch.storage", "_load_from_bytes"): _storage,  # torch's own would unpickle anything
         ("collections", "OrderedDict"): OrderedDict,
     }

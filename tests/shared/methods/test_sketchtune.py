@@ -139,8 +139,8 @@ def test_only_tables_train_and_codes_and_the_rest_stay():
 
 
 def few_valued_and_rank_one() -> dict[str, Tensor]:
-    """Updates of a layer of 16 rows and 64 columns: of full rank and few values on the codes of the layer; of rank 1."""
-    adapted, adapter, _ = layer(16, 64, bias=False, groups=4)
+    """Updates of a layer of 16 rows and 64 columns: of few values on the codes of the layer, and of rank 1."""
+    _, adapter, _ = layer(16, 64, bias=False, groups=4)
     few = dense(torch.randn(adapter.table.shape), adapter.codes)
     return {"few-valued": few, "rank 1": torch.randn(16, 1) @ torch.randn(1, 64)}
 
@@ -233,7 +233,7 @@ def test_inputs_that_never_come_cost_nothing():
 
 
 def test_each_block_is_learnt_behind_compressed_ones():
-    """The second layer's statistics are of what the first, compressed, gives it; within a block nothing is compressed."""
+    """The second layer's statistics are of what the first, compressed, gives it."""
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 8))
     first, second = layers[0].weight.detach().clone(), layers[2].weight.detach().clone()
@@ -299,7 +299,7 @@ def test_the_dense_weights_leave_main_memory():
 
 
 def test_bytes_are_those_of_the_format():
-    adapted, adapter, _ = layer(64, 4096, groups=4, dtype="bfloat16")
+    _, adapter, _ = layer(64, 4096, groups=4, dtype="bfloat16")
     size = sum(t.numel() * t.element_size() for t in (adapter.table, adapter.codes))
     assert size == 64 * 4096 // 2 + 2 * 64 * 4 * 16
     assert size / (2 * 64 * 4096) == pytest.approx(0.25, abs=0.02)
