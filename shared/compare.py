@@ -56,8 +56,8 @@ def compare(
     Data that the run's seed draws are the same for every method, and others for another seed.
 
     methods: names of the recipe's ``compare`` section, of classes, or their slugs; a method other than the recipe's own
-    runs with its defaults. None: the whole section. "all": every method that needs no setting and fits; what does not is told. Runs go to
-    ``<output>/<method>/seed_<n>``. Everything is checked before the first run starts.
+    runs with its defaults. None: the whole section. "all": every method that needs no setting and fits; what does not
+    fit is told. Runs go to ``<output>/<method>/seed_<n>``. Everything is checked before the first run starts.
     folds: cross-validation: each method and seed trains ``folds`` times, with ``data.fold`` 0, 1 ... of
     ``data.folds``, in ``seed_<n>/fold_<k>``, and is scored on all these test splits together (``Task.pooled``).
     resume: keep the finished runs that are in ``output`` already.

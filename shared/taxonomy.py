@@ -34,7 +34,8 @@ class Record:
     categories: the first is the main one.  acts_on: what it changes.  form: how it stands to the frozen computation.
     mergeable: into the frozen weights, with no cost afterwards ("conditional": for some of its settings).
     trains: the number of its parameters at one site, as a Python expression in ``rows`` and ``columns`` of the adapted
-    matrix, ``size`` of the tensor, ``site``, the method's own arguments, and ``largest_divisor``.
+    matrix, ``size`` of the tensor, ``site``, ``block`` of ``blocks`` (those adapted, counted from 0), the method's own
+    arguments, and ``largest_divisor``.
     once: the same for what all sites share, in ``sites``, ``depths`` and ``places`` (how many there are, of roles for
     the last), the ``first`` site, and the arguments.
     needs: what it looks at before training.  backward: whether a training step goes back through the frozen model.
@@ -91,8 +92,10 @@ def count(record: Record, method: Any, sites: Any) -> int:
     shared = {"sites": len(sites), "depths": len({site.depth for site in sites}), "places": len(sites.roles)}
     shared |= {"first": sites[0]} if len(sites) else {}
     total = eval(record.once, allowed, arguments | shared)  # our own source, not a user's
+    depths = sorted({site.depth for site in sites})
     for site in sites:
         shape = site.weight.shape if site.parameter else (0,)
         facts = {"rows": shape[0], "columns": math.prod(shape[1:]), "size": math.prod(shape)}
-        total += eval(record.trains, allowed, {**arguments, **facts, "site": site})
+        facts |= {"site": site, "block": depths.index(site.depth), "blocks": len(depths)}
+        total += eval(record.trains, allowed, {**arguments, **facts})
     return int(total)

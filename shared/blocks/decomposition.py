@@ -128,7 +128,7 @@ def without_smallest(
     return ((left[:, :kept] * values[:kept]) @ right[:kept]).to(weight).view_as(weight)
 
 
-def linears(sites: Sites, roles: str | Sequence[str] | None, depth: str | int | Sequence[int]) -> Sites:
+def projections(sites: Sites, roles: str | Sequence[str] | None, depth: str | int | Sequence[int]) -> Sites:
     """The sites with these roles; None: all projections of attention and MLP, or all linear layers where none is named.
 
     A fused projection is taken whole where its parts have no sites of their own.

@@ -118,6 +118,19 @@ def sublayers(sites: Sites, depth: Any = "all", which: tuple[str, ...] = ("atten
     return Sites(found, sites.owner)
 
 
+def linears(sites: Sites, depth: Any = "all") -> Sites:
+    """Every linear layer of the blocks that is called, once and whole: query, key and value in one where fused."""
+    inside = {
+        site for site in sites
+        if site.depth >= 0 and site.parameter == "weight" and site.rows is None
+        and isinstance(site.module, nn.Linear) and _called(site)
+    }  # fmt: skip
+    if not inside:
+        raise RequestError(f"{sites.owner} has no linear layer in its blocks; name roles to adapt")
+    chosen = sites.select(tuple(dict.fromkeys(site.role for site in inside)), depth)
+    return Sites([site for site in chosen if site in inside], sites.owner)
+
+
 def _called(site: Site) -> bool:
     return not isinstance(site.module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 

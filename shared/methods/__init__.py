@@ -18,10 +18,13 @@ from shared.methods.ia3 import IA3 as IA3
 from shared.methods.llm_adapters import ParallelAdapter as ParallelAdapter
 from shared.methods.llm_adapters import SeriesAdapter as SeriesAdapter
 from shared.methods.lora import LoRA as LoRA
+from shared.methods.mola import MoLA as MoLA
+from shared.methods.mosa import MoSA as MoSA
 from shared.methods.norm_tuning import NormTuning as NormTuning
 from shared.methods.prefix import Prefix as Prefix
 from shared.methods.probe import Probe as Probe
 from shared.methods.prompts import Prompt as Prompt
+from shared.methods.sketchtune import SketchTune as SketchTune
 from shared.methods.soka import SoKA as SoKA
 from shared.methods.sparse_adapter import SparseAdapter as SparseAdapter
 from shared.methods.sparse_adapter import SparseLoRA as SparseLoRA

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shared import store, weights
 from shared.adapter import WeightAdapter
-from shared.blocks.decomposition import Decomposition, Precision, Sides, Split, decompose, leading, linears
+from shared.blocks.decomposition import Decomposition, Precision, Sides, Split, decompose, leading, projections
 from shared.blocks.low_rank import Replacement
 from shared.errors import RequestError
 from shared.method import Method
@@ -82,7 +82,7 @@ class CorDA(Method):
                 raise RequestError(f"CorDA {name} {value}: use at least 1")
 
     def sites(self, sites: Sites) -> Sites:
-        layers = linears(sites, self.roles, self.depth)
+        layers = projections(sites, self.roles, self.depth)
         biases = [bias for site in layers if self.bias and (bias := site.bias) is not None]
         return Sites((*layers, *biases), sites.owner)
 

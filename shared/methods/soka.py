@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from shared.blocks.decomposition import linears
+from shared.blocks.decomposition import projections
 from shared.blocks.kronecker import KroneckerSum, Shape, Spectrum, decompose, rank_by_elbow, rank_by_energy
 from shared.errors import RequestError, WorkError
 from shared.method import Method
@@ -84,7 +84,7 @@ class SoKA(Method):
             raise RequestError(f"SoKA batches {self.batches}, factors {self.factors}: at least 1, and two numbers")
 
     def sites(self, sites: Sites) -> Sites:
-        return linears(sites, self.roles, self.depth)
+        return projections(sites, self.roles, self.depth)
 
     def starts_from_data(self) -> bool:
         return self.source == "gradient"
