@@ -1,6 +1,8 @@
 """One file per published general method."""
 
 from shared.methods.adapt_former import AdaptFormer as AdaptFormer
+from shared.methods.binary_adapter import BinaryAdaptFormer as BinaryAdaptFormer
+from shared.methods.binary_adapter import BinaryLoRA as BinaryLoRA
 from shared.methods.bitfit import BitFit as BitFit
 from shared.methods.full import Full as Full
 from shared.methods.ia3 import IA3 as IA3
