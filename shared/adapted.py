@@ -54,7 +54,7 @@ class Bank(nn.ModuleDict):
 class Adapted(nn.Module):
     """A backbone with named adapters. Calling it is calling the backbone, then the head where there is one.
 
-    ``saving`` (``shared.memory``): how the backbone's activations are kept for backward, with any method.
+    ``saving`` (``shared.memory``): how the backbone's activations are kept for backward, with any method, unless it is compiled.
     The backbone is changed in place (its hosts know their adapters) and restored bit for bit by ``remove``; its
     state-dict keys stay as they were. Frozen means frozen: it stays in eval mode while adapters and head train, unless
     the method trains it.
@@ -201,7 +201,12 @@ class Adapted(nn.Module):
             self.context.clear()
 
     def _saving(self) -> contextlib.AbstractContextManager[Any]:
-        """How activations of the backbone are kept for backward: as the model says, else as an active method does."""
+        """How activations of the backbone are kept for backward: as the model says, else as an active method does.
+
+        A compiled model is left to its compiler, which plans by itself what to keep.
+        """
+        if torch.compiler.is_compiling():
+            return contextlib.nullcontext()
         wanted = [self.saving, *(self.methods[name].saving() for name in self.active)]
         return next((compressed(each) for each in wanted if each is not None), contextlib.nullcontext())
 

@@ -29,7 +29,7 @@ def codebook(bits: int) -> tuple[float, ...]:
 def codes_of(values: Tensor, levels: Tensor) -> Tensor:
     """The index (uint8) of the level nearest to each value; one half-way between two has the upper."""
     borders = (levels[1:] + levels[:-1]) / 2
-    return torch.bucketize(values, borders, right=True).to(torch.uint8)
+    return torch.bucketize(values.contiguous(), borders, right=True).to(torch.uint8)
 
 
 class QuantisedLinear(nn.Linear):

@@ -108,7 +108,7 @@ class Coded(Function):
 
 
 def rows_to_codes(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x (..., n) as packed codes between each row's least and greatest value: (packed, least (..., 1), step (..., 1))."""
+    """x (..., n) as packed codes between each row's least and greatest value; also the least and the step (..., 1)."""
     least, greatest = x.aminmax(dim=-1, keepdim=True)
     step = (greatest - least) / (2**bits - 1)
     codes = ((x - least) / step.clamp(min=torch.finfo(x.dtype).tiny)).round_().clamp_(0, 2**bits - 1)

@@ -12,4 +12,5 @@ from shared.methods.lora import LoRA as LoRA
 from shared.methods.norm_tuning import NormTuning as NormTuning
 from shared.methods.probe import Probe as Probe
 from shared.methods.prompts import Prompt as Prompt
+from shared.methods.s2a import S2A as S2A
 from shared.methods.ssf import SSF as SSF
