@@ -54,7 +54,8 @@ class Bank(nn.ModuleDict):
 class Adapted(nn.Module):
     """A backbone with named adapters. Calling it is calling the backbone, then the head where there is one.
 
-    ``saving`` (``shared.memory``): how the backbone's activations are kept for backward, with any method, unless it is compiled.
+    ``saving`` (``shared.memory``): how the backbone's activations are kept for backward, with any method; a compiled
+    model keeps what its compiler chooses.
     The backbone is changed in place (its hosts know their adapters) and restored bit for bit by ``remove``; its
     state-dict keys stay as they were. Frozen means frozen: it stays in eval mode while adapters and head train, unless
     the method trains it.

@@ -210,7 +210,7 @@ def saved_bytes(model: nn.Module) -> Iterator[dict[str, int]]:
 
     module = torch.nn.modules.module
     entered = module.register_module_forward_pre_hook(lambda m, _: running.append(type(m).__name__))
-    left = module.register_module_forward_hook(lambda *_: running.pop() and None, always_call=True)
+    left = module.register_module_forward_hook(lambda *_: running.pop() and None, always_call=True)  # type: ignore[arg-type]
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             yield told

@@ -1,7 +1,8 @@
 """Peak memory of a training step, with and without codes for saved activations.
 
-``python -m tests.benchmarks.step_memory``. Each configuration runs in a process of its own on a random ViT-B/16. Printed are the bytes saved for backward, and the
-peak of the process above what it held before the step (forward, backward, AdamW).
+``python -m tests.benchmarks.step_memory``. Each configuration runs in a process of its own on a random ViT-B/16.
+Printed are the bytes saved for backward, and the peak of the process above what it held before the step (forward,
+backward, AdamW).
 """
 
 from __future__ import annotations
