@@ -15,6 +15,7 @@ from shared.backbone import Backbone, fingerprint
 from shared.context import Context
 from shared.errors import RequestError
 from shared.host import Port, State, attach, detach
+from shared.memory import Saving, compressed
 from shared.merge import merge, unmerge
 from shared.method import Method
 from shared.proof import prove
@@ -53,6 +54,8 @@ class Bank(nn.ModuleDict):
 class Adapted(nn.Module):
     """A backbone with named adapters. Calling it is calling the backbone, then the head where there is one.
 
+    ``saving`` (``shared.memory``): how the backbone's activations are kept for backward, with any method; a compiled
+    model keeps what its compiler chooses.
     The backbone is changed in place (its hosts know their adapters) and restored bit for bit by ``remove``; its
     state-dict keys stay as they were. Frozen means frozen: it stays in eval mode while adapters and head train, unless
     the method trains it.
@@ -66,6 +69,7 @@ class Adapted(nn.Module):
         self.prepared: set[str] = set()
         self.state = State()
         self.context: Context = backbone.context if isinstance(backbone, Backbone) else Context()
+        self.saving: Saving | None = None
         self._sites = sites
         self._fingerprint: str | None = None
         self._frozen = {n: p.requires_grad for n, p in backbone.named_parameters()}
@@ -195,10 +199,21 @@ class Adapted(nn.Module):
             return run_by_rows(self, adapters, args, {**kwargs, "context": context})
         try:
             self.context.__dict__.update(context or {})
-            output = self.backbone(*args, **kwargs)
+            with self._saving():
+                output = self.backbone(*args, **kwargs)
             return output if self.head is None else self.head(output, tuple(args[0].shape[2:]))
         finally:
             self.context.clear()
+
+    def _saving(self) -> contextlib.AbstractContextManager[Any]:
+        """How activations of the backbone are kept for backward: as the model says, else as an active method does.
+
+        A compiled model is left to its compiler, which plans by itself what to keep.
+        """
+        if torch.compiler.is_compiling():
+            return contextlib.nullcontext()
+        wanted = [self.saving, *(self.methods[name].saving() for name in self.active)]
+        return next((compressed(each) for each in wanted if each is not None), contextlib.nullcontext())
 
     def train(self, mode: bool = True) -> Adapted:
         super().train(mode)

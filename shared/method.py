@@ -15,6 +15,7 @@ from shared.taxonomy import Record
 
 if TYPE_CHECKING:
     from shared.adapted import Adapted
+    from shared.memory import Saving
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,9 @@ class Method:
 
     def penalty(self, adapters: Mapping[str, nn.Module]) -> Tensor | None:
         """An extra loss of the step, or None."""
+
+    def saving(self) -> Saving | None:
+        """How it keeps the backbone's activations for backward; None: as torch does."""
 
     def arguments(self) -> dict[str, Any]:
         """The configuration, JSON-able: what an adapter file records."""

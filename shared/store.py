@@ -120,9 +120,18 @@ def _header(path: Path, metadata: Any) -> dict[str, Any]:
 
 def save_adapter(model: Any, path: str | os.PathLike, metrics: Mapping[str, float], extra: Mapping[str, Any]) -> None:
     """Write the one active adapter of an adapted model and its head."""
-    name = _only_active(model, path)
+    prefix = f"adapter.{only_active(model, path)}."
+    tensors = {_swap(n, prefix, "adapter."): t for n, t in model.trained_state().items()}
+    save(path, tensors, header(model, path, metrics, extra))
+
+
+def header(
+    model: Any, path: str | os.PathLike, metrics: Mapping[str, float], extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a file says of the one active adapter of a model."""
+    name = only_active(model, path)
     method = model.methods[name]
-    header = {
+    return {
         "method": {"type": type(method).__name__, "arguments": method.arguments()},
         "backbone": {"name": model.backbone_name, "fingerprint": model.fingerprint},
         "sites": list(model.bank[name]),
@@ -130,8 +139,6 @@ def save_adapter(model: Any, path: str | os.PathLike, metrics: Mapping[str, floa
         "version": _version(),
         "extra": dict(extra),
     }
-    prefix = f"adapter.{name}."
-    save(path, {_swap(n, prefix, "adapter."): t for n, t in model.trained_state().items()}, header)
 
 
 def load_adapter(model: Any, path: str | os.PathLike, other_backbone: bool, head: bool = True) -> dict[str, Any]:
@@ -142,25 +149,30 @@ def load_adapter(model: Any, path: str | os.PathLike, other_backbone: bool, head
     from shared.hub import local_file
 
     tensors, header = read(local_file(path))
-    name = _only_active(model, path)
+    check_belongs(model, header, path, other_backbone)
+    if not head:
+        kept = {n: t for n, t in model.trained_state().items() if n.startswith("head.")}
+        tensors = {n: t for n, t in tensors.items() if not n.startswith("head.")} | kept
+    prefix = f"adapter.{only_active(model, path)}."
+    model.load_trained_state({_swap(n, "adapter.", prefix): t for n, t in tensors.items()}, str(path))
+    return header
+
+
+def check_belongs(model: Any, header: Mapping[str, Any], path: str | os.PathLike, other_backbone: bool) -> None:
+    """Raises RequestError where a file is for another backbone (unless that is asked for) or another method."""
     theirs, mine = header["backbone"], model.fingerprint
     if theirs["fingerprint"] != mine and not other_backbone:
         raise RequestError(
             f"{path}: made for backbone {theirs['name']} with fingerprint {theirs['fingerprint']}; this is "
             f"{model.backbone_name} with {mine}. Load the same weights, or pass other_backbone=True"
         )
-    wanted, method = header["method"]["type"], type(model.methods[name]).__name__
+    wanted, method = header["method"]["type"], type(model.methods[only_active(model, path)]).__name__
     if method != wanted:
         raise RequestError(f"{path}: an adapter of method {wanted}; the active one is {method}")
-    if not head:
-        kept = {n: t for n, t in model.trained_state().items() if n.startswith("head.")}
-        tensors = {n: t for n, t in tensors.items() if not n.startswith("head.")} | kept
-    prefix = f"adapter.{name}."
-    model.load_trained_state({_swap(n, "adapter.", prefix): t for n, t in tensors.items()}, str(path))
-    return header
 
 
-def _only_active(model: Any, path: str | os.PathLike) -> str:
+def only_active(model: Any, path: str | os.PathLike) -> str:
+    """The name of the adapter a file is about; RequestError where not exactly one is active."""
     if len(model.active) != 1:
         raise RequestError(f"{path}: one adapter a file; active are {', '.join(model.active) or 'none'}")
     return model.active[0]

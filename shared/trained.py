@@ -40,14 +40,21 @@ def count(model: Any) -> dict[str, int]:
 
 
 def state(model: Any) -> dict[str, Tensor]:
-    """Trained tensors and the buffers of active adapters and head."""
+    """Trained tensors and the buffers of active adapters and head, but for those that are rebuilt (not persistent)."""
     found: dict[str, Tensor] = {n: p.detach() for n, p in parameters(model).items()}
-    found |= {f"adapter.{n}": b for n, b in model.bank.named_buffers() if n.partition(".")[0] in model.active}
+    found |= {f"adapter.{n}": b for n, b in _buffers(model.bank).items() if n.partition(".")[0] in model.active}
     if model.head is not None:
-        found |= {f"head.{n}": b for n, b in model.head.named_buffers()}
+        found |= {f"head.{n}": b for n, b in _buffers(model.head).items()}
     if any(n.startswith("backbone.") for n in found):
-        found |= {f"backbone.{n}": b for n, b in model.backbone.named_buffers()}
+        found |= {f"backbone.{n}": b for n, b in _buffers(model.backbone).items()}
     return found
+
+
+def _buffers(root: nn.Module) -> dict[str, Tensor]:
+    passing = {
+        f"{path}.{name}".lstrip(".") for path, m in root.named_modules() for name in m._non_persistent_buffers_set
+    }
+    return {n: b for n, b in root.named_buffers() if n not in passing}
 
 
 def load(model: Any, given: Mapping[str, Tensor], source: str) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.backbone import Features
+from shared.blocks.quantised import QuantisedLinear
 from shared.errors import RequestError
 
 
@@ -51,3 +52,19 @@ class LinearHead(nn.Module):
     def predict(self, output: Tensor) -> Tensor:
         """Class probabilities (B, classes)."""
         return output.float().softmax(-1)
+
+
+class BinaryHead(LinearHead):
+    """A linear head whose weights take 2^bits values each, without a bias: Bi-Head (Jie et al., 2023)."""
+
+    def __init__(
+        self, summary_width: int, classes: int, *, bits: int = 1, norm: Literal["batch", "layer"] | None = None,
+        dropout: float = 0.0,
+    ):  # fmt: skip
+        """
+        Args:
+            bits: of a weight: 1 (paper), 2, 4 or 8.
+            norm, dropout: as ``LinearHead`` takes them.
+        """
+        super().__init__(summary_width, classes, norm=norm, dropout=dropout)
+        self.classify = QuantisedLinear(summary_width, classes, bits, where="the head")

@@ -4,6 +4,8 @@ from shared.methods.adapt_former import AdaptFormer as AdaptFormer
 from shared.methods.adapter_bias import AdapterBias as AdapterBias
 from shared.methods.adapter_fusion import AdapterFusion as AdapterFusion
 from shared.methods.adapter_fusion import Pfeiffer as Pfeiffer
+from shared.methods.binary_adapter import BinaryAdaptFormer as BinaryAdaptFormer
+from shared.methods.binary_adapter import BinaryLoRA as BinaryLoRA
 from shared.methods.bitfit import BitFit as BitFit
 from shared.methods.compacter import Compacter as Compacter
 from shared.methods.compacter import LowRankAdapter as LowRankAdapter
@@ -24,6 +26,7 @@ from shared.methods.norm_tuning import NormTuning as NormTuning
 from shared.methods.prefix import Prefix as Prefix
 from shared.methods.probe import Probe as Probe
 from shared.methods.prompts import Prompt as Prompt
+from shared.methods.s2a import S2A as S2A
 from shared.methods.sketchtune import SketchTune as SketchTune
 from shared.methods.soka import SoKA as SoKA
 from shared.methods.sparse_adapter import SparseAdapter as SparseAdapter

@@ -29,18 +29,26 @@ class BitFit(Method):
     depth: str | int | Sequence[int] = "all"
 
     def sites(self, sites: Sites) -> Sites:
-        weights = [s for s in sites if s.parameter and s.role not in ("model", "embedding")]
-        roles = tuple(dict.fromkeys(s.role for s in weights)) if self.roles is None else self.roles
-        chosen = [bias for s in sites.select(roles, self.depth) if (bias := _bias(s)) is not None]
-        found = {site.key: site for site in chosen}
-        whole = {(s.path, s.parameter) for s in found.values() if s.rows is None}
-        kept = [s for s in found.values() if s.rows is None or (s.path, s.parameter) not in whole]
+        roles = with_weights(sites) if self.roles is None else self.roles
+        kept = biases(sites.select(roles, self.depth))
         if not kept:
             raise RequestError(f"{sites.owner} has no bias at {', '.join(roles)}: nothing for BitFit to train")
         return Sites(kept, sites.owner)
 
     def build(self, site: Site) -> Replacement:
         return Replacement(site.weight)
+
+
+def with_weights(sites: Sites) -> tuple[str, ...]:
+    """The roles of everything that may have a bias."""
+    return tuple(dict.fromkeys(s.role for s in sites if s.parameter and s.role not in ("model", "embedding")))
+
+
+def biases(sites: Sites) -> list[Site]:
+    """The biases that belong to these sites, each once: rows of one only where the whole is not among them."""
+    found = {bias.key: bias for s in sites if (bias := _bias(s)) is not None}
+    whole = {(s.path, s.parameter) for s in found.values() if s.rows is None}
+    return [s for s in found.values() if s.rows is None or (s.path, s.parameter) not in whole]
 
 
 def _bias(site: Site) -> Site | None:

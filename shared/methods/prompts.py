@@ -34,13 +34,19 @@ class PromptTokens(Adapter):
         x, rest, kwargs = take(args, kwargs)
         own = self.tokens if self.encoder is None else self.encoder()
         tokens = self.context.prompts if own is None else own.to(x.dtype).expand(len(x), -1, -1)
-        count, front = tokens.shape[1], self.prefix
+        output, self.context.prompts = with_tokens(base, x, tokens, self.prefix, *rest, **kwargs)
+        return output
 
-        def without(y: Tensor) -> Tensor:
-            self.context.prompts = y[:, front : front + count]
-            return torch.cat([y[:, :front], y[:, front + count :]], dim=1)
 
-        return on_output(base(torch.cat([x[:, :front], tokens, x[:, front:]], dim=1), *rest, **kwargs), without)
+def with_tokens(
+    base: Callable[..., Any], x: Tensor, tokens: Tensor, front: int, *rest: Any, **kwargs: Any
+) -> tuple[Any, Tensor]:
+    """``base`` of x (B, N, C) with tokens (B, n, C) put behind the first ``front``: its output without them, and what
+    it made of them."""
+    count = tokens.shape[1]
+    output = base(torch.cat([x[:, :front], tokens, x[:, front:]], dim=1), *rest, **kwargs)
+    made = (output[0] if isinstance(output, tuple) else output)[:, front : front + count]
+    return on_output(output, lambda y: torch.cat([y[:, :front], y[:, front + count :]], dim=1)), made
 
 
 class PromptInFront(Adapter):
