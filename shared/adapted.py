@@ -97,6 +97,8 @@ class Adapted(nn.Module):
             raise RequestError(f"{type(method).__name__} attaches to zero sites of {self.backbone_name}")
         modules = self._build(method, chosen)
         before, known = self.state.active, tuple(self.methods)
+        if not known:  # the last one that was removed left the backbone as it had come
+            self.backbone.requires_grad_(False)
         try:
             method.connect(self, modules)
             self.bank[name] = Bank(modules)
@@ -108,6 +110,8 @@ class Adapted(nn.Module):
                 example = self.backbone.example()
             if example is not None and modules:
                 prove(self, name, example)
+                for port in self.hosts().values():
+                    port.folded.clear()  # copies of whole weights, made only for the proof
         except Exception:
             for added in [n for n in self.methods if n not in known][::-1]:
                 self.remove(added)

@@ -111,8 +111,8 @@ def _interval_table(key: tuple, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _softmax(mode: _Compressed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
     x: Tensor = args[0]
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
     if dim is None or dim % x.ndim != x.ndim - 1:
         return None
     return saved.Softmax.apply(x, _bound(func, args[1:], kwargs), mode.bits)  # type: ignore[return-value]

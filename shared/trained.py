@@ -13,11 +13,16 @@ from shared.errors import RequestError
 
 def parameters(model: Any) -> dict[str, nn.Parameter]:
     """``adapter.<name>.<site>.<tensor>``, ``head.<tensor>``, ``backbone.<tensor>``: those that take gradients."""
+    found = _small(model) | {f"backbone.{n}": p for n, p in model.backbone.named_parameters()}
+    return {n: p for n, p in found.items() if p.requires_grad}
+
+
+def _small(model: Any) -> dict[str, nn.Parameter]:
+    """All parameters of the active adapters and the head."""
     found = {f"adapter.{n}": p for n, p in model.bank.named_parameters() if n.partition(".")[0] in model.active}
     if model.head is not None:
         found |= {f"head.{n}": p for n, p in model.head.named_parameters()}
-    found |= {f"backbone.{n}": p for n, p in model.backbone.named_parameters()}
-    return {n: p for n, p in found.items() if p.requires_grad}
+    return found
 
 
 def groups(model: Any) -> list[dict[str, Any]]:
@@ -40,8 +45,11 @@ def count(model: Any) -> dict[str, int]:
 
 
 def state(model: Any) -> dict[str, Tensor]:
-    """Trained tensors and the buffers of active adapters and head, but for those that are rebuilt (not persistent)."""
-    found: dict[str, Tensor] = {n: p.detach() for n, p in parameters(model).items()}
+    """All of the active adapters and the head, but for buffers that are rebuilt (not persistent), and what else trains.
+
+    Of adapters and head that somebody froze too: a file must hold them whole.
+    """
+    found: dict[str, Tensor] = {n: p.detach() for n, p in (_small(model) | parameters(model)).items()}
     found |= {f"adapter.{n}": b for n, b in _buffers(model.bank).items() if n.partition(".")[0] in model.active}
     if model.head is not None:
         found |= {f"head.{n}": b for n, b in _buffers(model.head).items()}

@@ -249,3 +249,12 @@ def test_functional_use_is_twice_differentiable() -> None:
     before = {n: p.clone() for n, p in model.named_parameters()}
     assert torch.autograd.gradcheck(after_a_step, tuple(given.values()))
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def test_attaching_again_freezes_again_and_the_proof_leaves_no_copy_of_weights() -> None:
+    model = adapt(nn.Sequential(nn.Linear(6, 4)), LoRA(rank=2, roles="linear"), example=(torch.randn(2, 6),))
+    assert not any(port.folded for port in model.hosts().values())
+    model.remove()
+    assert all(p.requires_grad for p in model.backbone.parameters())
+    model.add(LoRA(rank=2, roles="linear"))
+    assert [name for name in model.trainable() if name.startswith("backbone")] == []

@@ -164,3 +164,14 @@ def test_nothing_to_save_and_merged_weights_are_refused(tmp_path) -> None:
     with pytest.raises(RequestError, match="nothing to save"):
         store.save(tmp_path / "b.safetensors", {}, {})
     assert not os.listdir(tmp_path)
+
+
+def test_a_frozen_adapter_is_saved_whole(tmp_path) -> None:
+    model = model_of(head=False)
+    for parameter in model.trainable().values():
+        torch.nn.init.normal_(parameter)
+        parameter.requires_grad_(False)
+    model.save(tmp_path / "a.safetensors")
+    other = model_of(head=False)
+    other.load(tmp_path / "a.safetensors")
+    assert torch.equal(other(X), model(X))
