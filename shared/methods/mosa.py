@@ -16,7 +16,7 @@ from shared import weights
 from shared.adapter import Adapter
 from shared.blocks.bottleneck import ACTIVATIONS
 from shared.blocks.placement import on_output, take
-from shared.blocks.split import Merge, Split
+from shared.blocks.split import Split
 from shared.errors import RequestError, WorkError
 from shared.method import Method
 from shared.sites import Site, Sites
@@ -137,7 +137,7 @@ class MoSA(Method):
     norm: bool = True
     scale: float = 0.1
     dropout: float = 0.1
-    merge: Merge = "mean"
+    merge: Literal["mean", "union"] = "mean"
     consistency: float = 1.0
     depth: str | int | Sequence[int] = "all"
 

@@ -58,7 +58,7 @@ def test_a_loaded_run_scores_as_it_was_tested(trained):
 
 def test_the_page_shows_classes_and_confusion(trained):
     page = (trained / "report.html").read_text()
-    for text in ("F1 by class", "recall by class", "Confusion (rows truth, columns prediction)", "macro-F1", "harbour"):
+    for text in ("F1 by class", "recall by class", "Confusion of classes (texts)", "macro-F1", "harbour"):
         assert text in page
 
 
