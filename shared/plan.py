@@ -115,6 +115,7 @@ def _trial(task: Task, engine: Engine, watch: Callback) -> Task:
     where training converts them in place."""
     shared = () if engine.precision == "64" else (p for p in task.parameters() if not p.requires_grad)
     trial = copy.deepcopy(task, {id(parameter): parameter for parameter in shared})
+    trial.optimiser = replace(task.optimiser, warmup=0)  # longer than a trial it would be refused
     trial.configure_callbacks = lambda: [watch]
     return trial
 

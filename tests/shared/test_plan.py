@@ -178,3 +178,10 @@ def test_a_prediction_that_fails_is_a_line_in_the_log(tmp_path, caplog):
         plan.plan(line(), Data(), Engine(epochs=1, devices=2), tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert before == EPOCHS
+
+
+def test_a_warm_up_longer_than_the_trial_hinders_no_prediction(tmp_path):
+    task = line()
+    task.optimiser = Optimiser(learning_rate=1e-2, warmup=6)
+    assert plan.predict(task, Data(), EPOCHS, tmp_path) is not None
+    assert task.optimiser.warmup == 6
