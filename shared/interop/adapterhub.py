@@ -140,7 +140,7 @@ def _state(
 ) -> dict[str, Tensor]:
     """The tensors by site key; a scale for each channel goes into the up projection."""
     state: dict[str, Tensor] = {}
-    ends = {"houlsby": "/dense", "parallel": ""}
+    end = {"houlsby": "/dense", "parallel": ""}.get(method.place, "/LayerNorm")
     for (part, block), tensors in found.items():
         inner = method.widths.get(str(block), method.width)
         scale = tensors.pop("scale", None)
@@ -151,10 +151,8 @@ def _state(
             have = tuple(tensors[name].shape) if name in tensors else "absent"
             if have != shape:
                 raise RequestError(f"{source}: block {block} {part}: {name} is {have}, not {shape}")
-        end = (
-            f"/layer/{block}/{'output' if part == 'mlp' else 'attention/output'}{ends.get(method.place, '/LayerNorm')}"
-        )
-        key = next(key for key in keys if key.endswith(end))
+        place = f"layer/{block}/{'output' if part == 'mlp' else 'attention/output'}{end}"
+        key = next(key for key in keys if key.endswith(place))
         if scale is not None and method.scale == "learned":
             state[f"{key}.branch.scale"] = scale.reshape(())
         elif scale is not None:

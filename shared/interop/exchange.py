@@ -63,15 +63,12 @@ def import_adapter(
 
 
 def _fill(bank: Any, state: dict[str, Any], source: str) -> None:
-    """Every tensor of the adapter from ``state``, whose site keys may lack the beginning; all or none."""
+    """Every tensor of the adapter from ``state``; all or none."""
     mine = bank.state_dict()
-    ends = {own: [given for given in state if own == given or own.endswith(f"/{given}")] for own in mine}
-    wrong = [own for own, given in ends.items() if len(given) != 1 or state[given[0]].shape != mine[own].shape]
-    if wrong or len(state) != len(mine):
-        raise RequestError(
-            f"{source}: {len(state)} tensors for {len(mine)} of the adapter; first that differs: {wrong[:1]}"
-        )
-    bank.load_state_dict({own: state[given[0]] for own, given in ends.items()})
+    wrong = sorted(mine.keys() ^ state.keys()) or [n for n, t in mine.items() if t.shape != state[n].shape]
+    if wrong:
+        raise RequestError(f"{source}: {len(state)} tensors for {len(mine)} of its adapter; {wrong[0]} differs")
+    bank.load_state_dict(state)
 
 
 def recognised(path: Path) -> str:

@@ -73,9 +73,7 @@ def _of_diffusers(names: list[str], backbone: nn.Module, source: str) -> dict[st
     configs = (getattr(m, "config", None) for m in backbone.modules())
     config = next((c for c in configs if hasattr(c, "layers_per_block")), None)
     if config is None:
-        raise RequestError(
-            f"{source}: its names are of Stable Diffusion's own UNet; this backbone is none of diffusers"
-        )
+        raise RequestError(f"{source}: its names are of Stable Diffusion's own UNet, this backbone is none")
     try:
         from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
     except ImportError as error:
@@ -117,8 +115,7 @@ def write(model: Any, prefix: str | None) -> dict[str, bytes]:
 
 def _alpha(change: Change) -> float:
     """Readers take a Kronecker product of two whole factors as it is: its scale must be 1."""
-    if change.kind == "kronecker" and not any(name.endswith("_b") for name in change.tensors) and change.scale != 1:
-        raise RequestError(
-            f"a Kronecker product of whole factors has scale {change.scale:g}, which kohya files hold none of"
-        )
+    whole = change.kind == "kronecker" and not any(name.endswith("_b") for name in change.tensors)
+    if whole and change.scale != 1:
+        raise RequestError(f"a Kronecker product of whole factors has scale {change.scale:g}; kohya files hold none")
     return alpha_of(change)

@@ -53,16 +53,16 @@ def locate(backbone: nn.Module, names: Iterable[str], source: str, mark: str = "
         for start in range(len(words)):
             ends.setdefault(mark.join(words[start:]), []).append(path)
     best: dict[str, list[str]] = {}
-    fewest = len(names) + 1
+    fewest = (len(names) + 1, 0)
     words = {name: name.split(mark) for name in names}
     for count in range(min(map(len, words.values()))):
-        if count and any(parts[count - 1].isdigit() for parts in words.values()):
-            break
+        if any(parts[count].isdigit() for parts in words.values()):
+            break  # an index and the name of its list stay
         tails = {name: mark.join(parts[count:]) for name, parts in words.items()}
         found = {name: [paths[tail]] if tail in paths else ends.get(tail, []) for name, tail in tails.items()}
-        wrong = sum(len(places) != 1 for places in found.values())
-        if wrong < fewest:
-            best, fewest = found, wrong
+        wrong = [places for places in found.values() if len(places) != 1]
+        if (len(wrong), wrong.count([])) < fewest:
+            best, fewest = found, (len(wrong), wrong.count([]))
         if not wrong:
             break
     return _one_each(best, backbone, source)

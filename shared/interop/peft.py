@@ -1,7 +1,9 @@
 """Adapters of Hugging Face's peft: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 LoRA is read and written, with a rank and an alpha for each layer (``rank_pattern``, ``alpha_pattern``), rank-stabilised
-scales (``use_rslora``) and trained biases; LoHa and LoKr are read.
+scales (``use_rslora``) and trained biases; LoHa and LoKr are read. A change of an attention's output projection
+(``nn.MultiheadAttention``) counts once, as the file says; peft 0.21.2
+adds it twice in each call (its pull request 3774).
 """
 
 from __future__ import annotations

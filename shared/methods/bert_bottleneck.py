@@ -36,7 +36,7 @@ class BertBottleneck(Method):
     record: ClassVar[Record] = Record(
         categories=("additive/adapter",), acts_on="activations", form="sequential", mergeable="no",
         trains="widths.get(str(site.depth), width) * (2 * site.width + 1) + site.width + (scale == 'learned')",
-        spec="small_mlm_adapters", why="its parallel place stands beside the sub-layer",
+        why="its parallel place stands beside the sub-layer",
     )  # fmt: skip
 
     place: Literal["houlsby", "pfeiffer", "normed", "parallel"] = "pfeiffer"
@@ -68,9 +68,7 @@ class BertBottleneck(Method):
         inside = last.path.rpartition(".")[0]  # the module that adds the residual and norms the sum
         norm = next((s for s in sites if s.path == f"{inside}.LayerNorm" and s.parameter == "weight"), None)
         if norm is None:
-            raise RequestError(
-                f"{sites.owner} has no norm after the sum at {inside}: BertBottleneck is for BERT's kind"
-            )
+            raise RequestError(f"{sites.owner} has no norm after the sum at {inside}; BertBottleneck needs one")
         if self.place != "parallel":
             return norm
         root = next(site for site in sites if site.role == "model")
