@@ -28,15 +28,23 @@ TENSORS = {
     "hadamard": {name: f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     "kronecker": {name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
 }
-# Layers within a block: Stable Diffusion's own names and diffusers'.
+# Stable Diffusion's own names and diffusers', once its loader has told the blocks apart.
 LAYERS = {
-    r"_in_layers_2$": "_conv1", r"_out_layers_3$": "_conv2", r"_emb_layers_1$": "_time_emb_proj",
-    r"_skip_connection$": "_conv_shortcut", r"_op$": "_conv", r"^lora_unet_input_blocks_0_0$": "lora_unet_conv_in",
-    r"^lora_unet_out_2$": "lora_unet_conv_out", r"^lora_unet_time_embed_0$": "lora_unet_time_embedding_linear_1",
-    r"^lora_unet_time_embed_2$": "lora_unet_time_embedding_linear_2",
-    r"^lora_unet_label_emb_0_0$": "lora_unet_add_embedding_linear_1",
-    r"^lora_unet_label_emb_0_2$": "lora_unet_add_embedding_linear_2",
-}  # fmt: skip
+    "^lora_unet_input_blocks_0_0$": "lora_unet_conv_in",
+    "^lora_unet_out_2$": "lora_unet_conv_out",
+    "^lora_unet_time_embed_0$": "lora_unet_time_embedding_linear_1",
+    "^lora_unet_time_embed_2$": "lora_unet_time_embedding_linear_2",
+    "^lora_unet_label_emb_0_0$": "lora_unet_add_embedding_linear_1",
+    "^lora_unet_label_emb_0_2$": "lora_unet_add_embedding_linear_2",
+    "^lora_unet_input_blocks": "lora_unet_down_blocks",
+    "^lora_unet_middle_block": "lora_unet_mid_block",
+    "^lora_unet_output_blocks": "lora_unet_up_blocks",
+    "_in_layers_2$": "_conv1",
+    "_out_layers_3$": "_conv2",
+    "_emb_layers_1$": "_time_emb_proj",
+    "_skip_connection$": "_conv_shortcut",
+    "_op$": "_conv",
+}
 
 
 def is_kohya(names: Iterable[str]) -> bool:
