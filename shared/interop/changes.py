@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shared.adapter import WeightAdapter
 from shared.blocks.low_rank import Replacement
 from shared.errors import RequestError
 from shared.methods.imported import KINDS, Imported
@@ -152,10 +153,11 @@ def _one(parts: list[tuple[float, Any, Any]], tensor: Tensor, where: str, what: 
             return Change("replaced", {"value": adapter.value.detach()})
         if kind not in ("", "low_rank"):
             tensors = {name: p.detach() for name, p in adapter.named_parameters()}
-            return Change(kind, tensors, adapter.scale * strength)
+            return Change(kind, tensors, float(adapter.scale) * strength)  # type: ignore[arg-type]
     pieces = [(strength, rows, adapter.factors()) for strength, rows, adapter in parts]
-    if lacking := [adapter for (_, _, f), (_, _, adapter) in zip(pieces, parts, strict=True) if f is None]:
-        raise RequestError(f"{type(lacking[0]).__name__} at {where} is no low-rank change, which {what} wants")
+    for (_, _, factors), (_, _, adapter) in zip(pieces, parts, strict=True):
+        if factors is None or type(adapter).forward is not WeightAdapter.forward:
+            raise RequestError(f"{type(adapter).__name__} at {where} is no low-rank change, which {what} wants")
     scales = {factors.scale * strength for strength, _, factors in pieces}
     common = next(iter(scales)) if len(scales) == 1 else None  # else each scale goes into its own factor
     ups = [_padded(f.up.detach(), rows, len(tensor)) * (f.scale * s if common is None else 1) for s, rows, f in pieces]

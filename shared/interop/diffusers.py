@@ -25,7 +25,7 @@ FILE, HEADER = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
 def is_diffusers(names: Iterable[str]) -> bool:
     """Whether any name of a file is one of diffusers': of a part of a pipeline, or in its older forms."""
     parts = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.")
-    forms = ("lora.down.weight", "lora_linear_layer.down.weight")
+    forms = ("lora.down.weight", "lora_linear_layer.down.weight", ".lora_A.weight")
     return any(name.startswith(parts) or name.endswith(forms) for name in names)
 
 

@@ -89,6 +89,8 @@ def recognised(path: Path) -> str:
     names = list(weights.read(path))
     if kohya.is_kohya(names):
         return "kohya"
+    if all(name.startswith("base_model.") for name in names):
+        raise RequestError(f"{path}: a file of peft's: give its folder, which holds {peft.CONFIG} too")
     if diffusers.is_diffusers(names):
         return "diffusers"
     if all(name.startswith(("adapter.", "head.")) for name in names):
@@ -107,12 +109,15 @@ def export_adapter(model: Adapted, folder: str | os.PathLike, *, format: str, pr
     backbone has one ("model." of a LLaMA with ``lm_head``); for kohya "lora_unet_", "lora_te_" or, for any other
     model, "lycoris_"; for diffusers "unet.".
 
-    Raises RequestError where an adapter is none the format can hold, or nothing is active; nothing is written then.
+    Raises RequestError where an adapter is none the format can hold, nothing is active, or a file is there already;
+    nothing is written then.
     """
     if format not in WRITERS:
         raise RequestError(f"format {format!r}: use one of {', '.join(WRITERS)}")
     files = WRITERS[format](model, prefix)
     paths = [Path(folder) / name for name in files]
+    if there := [path for path in paths if path.exists()]:
+        raise RequestError(f"{there[0]}: it is there already; name another folder")
     for path, data in zip(paths, files.values(), strict=True):
         write_atomically(path, data)
     return paths

@@ -26,7 +26,7 @@ from shared.method import Method
 from shared.store import check_readable
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
-TYPES = ("LORA", "LOHA", "LOKR")
+TYPES = {"LORA": "low_rank", "LOHA": "hadamard", "LOKR": "kronecker"}
 # Settings with which a file's tensors mean something else than a low-rank change of the layer they name.
 REFUSED = (
     "use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication",
@@ -68,6 +68,8 @@ def read(folder: Path, backbone: nn.Module, skip: tuple[str, ...]) -> tuple[Meth
         path = paths[_plain(name)]
         module = backbone.get_submodule(path)
         change = read_change(name, parts, None, str(file))
+        if change.kind != TYPES[config["peft_type"]]:
+            raise RequestError(f"{file}: {name} is a {change.kind} change in a {config['peft_type']} adapter")
         change.scale = scale(config, _plain(name).removeprefix(PREFIX), change.rank, str(file))
         attention = isinstance(module, nn.MultiheadAttention)
         changes[site_key(path, "in_proj_weight" if attention else "weight")] = change
@@ -92,7 +94,7 @@ def _trained_bias(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def _check(config: Mapping[str, Any], where: str) -> None:
-    if config.get("peft_type") not in TYPES:
+    if not isinstance(config.get("peft_type"), str) or config["peft_type"] not in TYPES:
         raise RequestError(f"{where}: peft_type {config.get('peft_type')!r}; read are {', '.join(TYPES)}")
     if asked := [name for name in REFUSED if config.get(name)]:
         raise RequestError(f"{where}: {asked[0]} {config[asked[0]]!r} is not supported")

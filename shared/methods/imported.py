@@ -24,7 +24,9 @@ LAYERS = (nn.Linear, nn.Embedding, nn.MultiheadAttention, *CONVOLUTIONS)  # weig
 
 @dataclass(frozen=True, kw_only=True)
 class Imported(Method):
-    """Changes of single weights, zero until a file fills them: ``shared.interop.import_adapter`` makes and fills it.
+    """Changes of single weights as another library's file holds them, zero until it fills them.
+
+    ``shared.interop.import_adapter`` makes this method from a file and fills its adapters.
 
     changes: by site key (the path of the module with "/" for ".", and ":<parameter>" where that is no weight) a
     mapping of ``kind`` ("low_rank", "tucker", "hadamard", "kronecker": see ``shared.blocks.lycoris``; "replaced": the
@@ -61,7 +63,11 @@ class Imported(Method):
         if not isinstance(site.module, LAYERS):
             names = ", ".join(layer.__name__ for layer in LAYERS)
             raise RequestError(f"change of {site.key}: a {type(site.module).__name__}; can be of {names}")
-        return KINDS[change["kind"]](tuple(site.weight.shape), change["shapes"], change["scale"], site.key)
+        try:
+            return KINDS[change["kind"]](tuple(site.weight.shape), change["shapes"], change["scale"], site.key)
+        except (LookupError, TypeError) as error:
+            named = ", ".join(f"{name} {size}" for name, size in change["shapes"].items())
+            raise RequestError(f"change of {site.key}: {named} is no {change['kind']} change with a scale") from error
 
 
 def site_of(sites: Sites, key: str) -> Site:
@@ -73,6 +79,8 @@ def site_of(sites: Sites, key: str) -> Site:
         module = root.module.get_submodule(path.removeprefix(root.path).lstrip("."))
     except AttributeError as error:
         raise RequestError(f"change of {key}: {sites.owner} has no such module") from error
+    if module._parameters.get(parameter or "weight") is None:
+        raise RequestError(f"change of {key}: {type(module).__name__} has no parameter {parameter or 'weight'!r}")
     convolution = isinstance(module, tuple(CONVOLUTIONS))
     role = "conv" if convolution else "embedding" if isinstance(module, nn.Embedding) else "linear"
     width = next((len(p) for p in module._parameters.values() if p is not None and p.ndim), 0)

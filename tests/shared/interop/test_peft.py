@@ -296,13 +296,13 @@ def refused(folder, message: str, **options):
     [
         ("use_dora", True), ("lora_bias", True), ("layer_replication", [[0, 1]]), ("target_parameters", ["x"]),
         ("alora_invocation_tokens", [1]), ("init_lora_weights", "pissa"), ("peft_type", "IA3"), ("lora_alpha", "many"),
-        ("peft_type", None),
+        ("peft_type", None), ("peft_type", "LOHA"), ("peft_type", ["LORA"]),
     ],
 )  # fmt: skip
 def test_settings_that_mean_another_computation(folder, setting, value):
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {setting: value}))
-    refused(folder, "many" if value == "many" else setting)
+    refused(folder, {"many": "alpha 'many'", "LOHA": "low_rank change in a LOHA"}.get(str(value), setting))
 
 
 def rewritten(folder, change) -> None:
@@ -347,6 +347,9 @@ def test_files_that_are_damaged_or_absent(folder):
     refused(folder, "it holds no adapter_model.safetensors")
     file.write_bytes(whole)
     refused(file, "give its folder")
+    file.rename(folder / "other.safetensors")
+    refused(folder / "other.safetensors", "a file of peft's: give its folder")
+    (folder / "other.safetensors").rename(file)
     config.write_text("{")
     refused(folder, "not JSON")
     config.write_text("[]")
@@ -356,6 +359,16 @@ def test_files_that_are_damaged_or_absent(folder):
     config.unlink()
     refused(folder, "no adapter known here")
     refused(folder / "nowhere", "no such file")
+
+
+def test_the_older_torch_file(folder):
+    state = load_file(folder / "adapter_model.safetensors")
+    whole, again = Adapted(text("llama")[0]), Adapted(text("llama")[0])
+    import_adapter(whole, folder)
+    torch.save(state, folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    import_adapter(again, folder)
+    assert torch.equal(states(again), states(whole))
 
 
 def test_a_head_is_left_out_on_request(folder):
