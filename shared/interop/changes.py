@@ -177,8 +177,8 @@ def _padded(up: Tensor, rows: tuple[int, int] | None, total: int) -> Tensor:
 def alpha_of(change: Change) -> float:
     """The alpha that gives the scale again when divided by the rank; a whole number where one does."""
     alpha = change.scale * change.rank
-    near = float(round(alpha))
-    return near if near / change.rank == change.scale else alpha
+    near = (float(round(alpha)), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((a for a in near if a / change.rank == change.scale), alpha)
 
 
 def written(

@@ -10,12 +10,15 @@ import re
 import peft
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shared.adapted import Adapted, adapt
 from shared.errors import RequestError
 from shared.interop import export_adapter, import_adapter
+from shared.interop.changes import Change, alpha_of
 from shared.methods import AdaptFormer, BitFit, Imported, LoRA
 from tests.shared.hosts import HOSTS
 
@@ -211,6 +214,13 @@ def test_a_round_trip_is_exact_bit_for_bit(tmp_path):
     fourth = adapt(text("llama")[0], Imported(**again.methods["default"].arguments()))
     fourth.load(tmp_path / "ours.safetensors")
     assert torch.equal(states(fourth), before)
+
+
+@given(st.integers(1, 512), st.floats(2**-10, 2**10, width=32))
+def test_alpha_gives_the_scale_again(rank, alpha):
+    change = Change("low_rank", {"down": torch.empty(rank, 1)}, alpha / rank)
+    assert alpha_of(change) / rank == change.scale
+    assert alpha_of(Change("low_rank", change.tensors, 3 * rank / rank)) == 3 * rank
 
 
 def test_biases_go_there_and_back(tmp_path):
