@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shared import weights
 from shared.errors import RequestError
-from shared.interop.peft import CONFIG, read_config, skipped
+from shared.interop.changes import read_tensors
+from shared.interop.peft import CONFIG, read_config
 from shared.method import Method
 from shared.methods.bert_bottleneck import BertBottleneck
 
@@ -64,10 +64,12 @@ def read(folder: Path, backbone: nn.Module, skip: tuple[str, ...]) -> tuple[Meth
     file = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if file is None:
         raise RequestError(f"{folder}: it holds no {FILES[0]}")
-    state = {name: t for name, t in weights.read(file).items() if not skipped(name, skip)}
+    state = read_tensors(file, skip)
     blocks, width = _shape_of(backbone, where)
     found = _placed(state, str(file))
-    wanted = {(part, b) for part in _parts(config, where) for b in range(blocks) if b not in config["leave_out"]}
+    wanted = {
+        (part, b) for part in _parts(config, where) for b in range(blocks) if b not in (config["leave_out"] or ())
+    }
     if wrong := sorted(wanted ^ found.keys()):
         what = "lacks" if wrong[0] in wanted else "also has"
         raise RequestError(f"{file}: {what} the adapter of block {wrong[0][1]} {wrong[0][0]}: not as its settings say")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shared import weights
 from shared.adapter import WeightAdapter
 from shared.blocks.low_rank import Replacement
 from shared.errors import RequestError
@@ -56,9 +58,31 @@ class Change:
         return 1
 
 
-def grouped(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, tuple[str, Tensor]]], dict[str, Tensor]]:
-    """The tensors by module and our name, each with its kind; and those that are none of an adapter's."""
-    found: dict[str, dict[str, tuple[str, Tensor]]] = {}
+Parts = dict[str, tuple[str, Tensor]]  # of one module: our name to kind and tensor
+
+
+def read_tensors(path: Path, skip: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of a file without those whose names hold a word of ``skip`` between dots, or begin with it."""
+    state = weights.read(path)
+    kept = {n: t for n, t in state.items() if not any(n.startswith(w) or f".{w}." in f".{n}." for w in skip)}
+    if not kept:
+        raise RequestError(f"{path}: it holds nothing but what is skipped")
+    return kept
+
+
+def read_adapter(path: Path, skip: Sequence[str]) -> dict[str, Parts]:
+    """The tensors of a file by module. Raises RequestError where one is of no kind read here."""
+    state = read_tensors(path, skip)
+    found, left = grouped(state)
+    if left:
+        first = next(iter(left))
+        raise RequestError(f"{path}: {len(left)} of its {len(state)} tensors are of no kind read here: {first}")
+    return found
+
+
+def grouped(state: Mapping[str, Tensor]) -> tuple[dict[str, Parts], dict[str, Tensor]]:
+    """The tensors by module; and those that are none of an adapter's."""
+    found: dict[str, Parts] = {}
     left: dict[str, Tensor] = {}
     for name, tensor in state.items():
         ending = next((e for e in sorted(ENDINGS, key=len, reverse=True) if name.endswith(e)), None)
@@ -70,8 +94,8 @@ def grouped(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, tuple[str,
     return found, left
 
 
-def read_change(name: str, parts: Mapping[str, tuple[str, Tensor]], alpha: float | None, source: str) -> Change:
-    """One module's change. alpha: of the file's settings, where it holds no tensor of it; None: the rank, scale 1.
+def read_change(name: str, parts: Parts, source: str) -> Change:
+    """One module's change; its scale is alpha over rank, 1 where the file holds no alpha or zero.
 
     Raises RequestError where a tensor is lacking, or the change is decomposed into direction and magnitude (DoRA).
     """
@@ -85,6 +109,7 @@ def read_change(name: str, parts: Mapping[str, tuple[str, Tensor]], alpha: float
     tensors = {ours: tensor.float() for ours, (_, tensor) in parts.items() if ours != "alpha"}
     if missing := [ours for ours in NEEDED[kind] if ours not in tensors]:
         raise RequestError(f"{source}: {name} lacks {missing[0]} of its {kind.replace('_', '-')} change")
+    alpha = 0.0
     if "alpha" in parts:
         tensor = parts["alpha"][1]
         if tensor.numel() != 1:

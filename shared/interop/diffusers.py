@@ -12,11 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shared import weights
 from shared.errors import RequestError
 from shared.interop import names as n
 from shared.interop import peft
-from shared.interop.changes import Change, grouped, method_of, read_change, site_key
+from shared.interop.changes import Change, method_of, read_adapter, read_change, site_key
 from shared.method import Method
 
 FILE, HEADER = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
@@ -32,20 +31,13 @@ def is_diffusers(names: Iterable[str]) -> bool:
 def read(path: Path, backbone: nn.Module, skip: tuple[str, ...]) -> tuple[Method, dict[str, Tensor]]:
     """The method and its tensors, of one part of a pipeline; errors as of ``peft.read``."""
     path = path / FILE if path.is_dir() else path
-    state = {name: t for name, t in weights.read(path).items() if not peft.skipped(name, skip)}
-    found, left = grouped(state)
-    if left:
-        raise RequestError(
-            f"{path}: {len(left)} of its {len(state)} tensors are of no kind read here: {next(iter(left))}"
-        )
-    if not found:
-        raise RequestError(f"{path}: it holds no adapter" + (" but what was skipped" if skip else ""))
+    found = read_adapter(path, skip)
     spelled = {name: _plain(name) for name in found}
     paths = n.locate(backbone, spelled.values(), str(path))
     config = _header(path)
     changes: dict[str, Change] = {}
     for name, parts in found.items():
-        change = read_change(name, parts, None, str(path))
+        change = read_change(name, parts, str(path))
         part, _, inside = spelled[name].partition(".")
         if f"{part}.peft_type" in config or f"{part}.r" in config:
             mine = {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")}
@@ -74,6 +66,8 @@ def _header(path: Path) -> Mapping[str, Any]:
         config = json.loads(text) if text else {}
     except ValueError as error:
         raise RequestError(f"{path}: {HEADER} in its header is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise RequestError(f"{path}: {HEADER} in its header is no mapping")
     for name in config:
         if name.rpartition(".")[2] in peft.REFUSED and config[name]:
             raise RequestError(f"{path}: {name} {config[name]!r} is not supported")

@@ -11,7 +11,8 @@ from shared import catalog, weights
 from shared.adapted import Adapted
 from shared.errors import RequestError, WorkError
 from shared.interop import adapterhub, diffusers, kohya, peft
-from shared.store import read, read_header, write_atomically
+from shared.method import Method
+from shared.store import read_header, write_atomically
 
 READERS = {"peft": peft.read, "kohya": kohya.read, "diffusers": diffusers.read, "adapterhub": adapterhub.read}
 WRITERS = {"peft": peft.write, "kohya": kohya.write, "diffusers": diffusers.write}
@@ -28,22 +29,19 @@ def import_adapter(
 ) -> None:
     """Add the adapter that a file or folder holds to ``model`` under ``name``, and make it the active one.
 
-    format: "peft", "kohya" (LyCORIS too), "diffusers", "adapterhub" or "omniadapt", None for what its content says.
+    A prediction head beside the adapter stays where it is, and dropout, which acts in training alone, is left out.
+    format: "peft", "kohya" (LyCORIS too), "diffusers", "adapterhub" or "omniadapt" (a file of ours, whose method this
+    attaches), None for what its content says.
     skip: words of tensors' names, between dots, or beginnings of them, to leave out ("classifier", "lora_te").
     example: inputs for the proof of effect, where the backbone brings none.
 
     Raises RequestError in one line where the file is damaged, empty or another's, where a setting changes the
     computation in a way that is not read, and where a name or a shape does not fit; the model is unchanged then.
     """
-    from shared.hub import local
-
-    path = local(path)
+    path = Path(path)
     format = recognised(path) if format is None else format
     if format == "omniadapt":
-        tensors, header = read(path)
-        kind = catalog.find(header["method"]["type"], "method").load()
-        method = kind(**header["method"]["arguments"])
-        state = {n.removeprefix("adapter."): t for n, t in tensors.items() if n.startswith("adapter.")}
+        method, state = _ours(path), None
     elif format in READERS:
         method, state = READERS[format](path, model.backbone, tuple(skip))
     else:
@@ -54,12 +52,25 @@ def import_adapter(
     except (RequestError, WorkError) as error:
         raise type(error)(f"{path}: {error}") from error
     try:
-        _fill(model.bank[name], state, str(path))
+        if state is None:
+            model.load(path)
+        else:
+            _fill(model.bank[name], state, str(path))
     except RequestError:
         model.remove(name)
         model.state.active = before
         raise
     model.prepared.add(name)
+
+
+def _ours(path: Path) -> Method:
+    """The method that a file of ours names, with its arguments."""
+    said = read_header(path)["method"]
+    kind = catalog.find(said["type"], "method").load()
+    try:
+        return kind(**said["arguments"])
+    except TypeError as error:
+        raise RequestError(f"{path}: {said['type']} does not take its arguments ({error})") from error
 
 
 def _fill(bank: Any, state: dict[str, Any], source: str) -> None:

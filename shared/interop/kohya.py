@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared import weights
 from shared.errors import RequestError
 from shared.interop import names as n
-from shared.interop.changes import Change, alpha_of, collected, grouped, method_of, read_change, site_key, written
-from shared.interop.peft import skipped
+from shared.interop.changes import Change, alpha_of, collected, method_of, read_adapter, read_change, site_key, written
 from shared.method import Method
 
 START = re.compile(r"(lora|lycoris)_\w+\.")
@@ -54,14 +52,7 @@ def is_kohya(names: Iterable[str]) -> bool:
 
 def read(path: Path, backbone: nn.Module, skip: tuple[str, ...]) -> tuple[Method, dict[str, Tensor]]:
     """The method and its tensors; errors as of ``peft.read``."""
-    state = {name: t for name, t in weights.read(path).items() if not skipped(name, skip)}
-    found, left = grouped(state)
-    if left:
-        raise RequestError(
-            f"{path}: {len(left)} of its {len(state)} tensors are of no kind read here: {next(iter(left))}"
-        )
-    if not found:
-        raise RequestError(f"{path}: it holds no adapter" + (" but what was skipped" if skip else ""))
+    found = read_adapter(path, skip)
     ours = _of_diffusers(list(found), backbone, str(path))
     paths = n.locate(backbone, ours.values(), str(path), "_")
     changes = {}
@@ -69,7 +60,7 @@ def read(path: Path, backbone: nn.Module, skip: tuple[str, ...]) -> tuple[Method
         place = paths[ours[name]]
         attention = isinstance(backbone.get_submodule(place), nn.MultiheadAttention)
         key = site_key(place, "in_proj_weight" if attention else "weight")
-        changes[key] = read_change(name, parts, None, str(path))
+        changes[key] = read_change(name, parts, str(path))
     return method_of(changes)
 
 

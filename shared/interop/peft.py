@@ -18,10 +18,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shared import weights
 from shared.errors import RequestError
 from shared.interop import names as n
-from shared.interop.changes import Change, alpha_of, collected, grouped, method_of, read_change, site_key, written
+from shared.interop.changes import (
+    Change,
+    alpha_of,
+    collected,
+    grouped,
+    method_of,
+    read_change,
+    read_tensors,
+    site_key,
+    written,
+)  # fmt: skip
 from shared.method import Method
 from shared.store import check_readable
 
@@ -55,7 +64,7 @@ def read(folder: Path, backbone: nn.Module, skip: tuple[str, ...]) -> tuple[Meth
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         raise RequestError(f"{folder}: it holds no {WEIGHTS[0]}")
-    state = {name: t for name, t in weights.read(file).items() if not skipped(name, skip)}
+    state = read_tensors(file, skip)
     found, left = grouped(state)
     if not found:
         raise RequestError(f"{file}: {len(state)} tensors, none of them of a {config['peft_type']} adapter")
@@ -67,7 +76,7 @@ def read(folder: Path, backbone: nn.Module, skip: tuple[str, ...]) -> tuple[Meth
     for name, parts in found.items():
         path = paths[_plain(name)]
         module = backbone.get_submodule(path)
-        change = read_change(name, parts, None, str(file))
+        change = read_change(name, parts, str(file))
         if change.kind != TYPES[config["peft_type"]]:
             raise RequestError(f"{file}: {name} is a {change.kind} change in a {config['peft_type']} adapter")
         change.scale = scale(config, _plain(name).removeprefix(PREFIX), change.rank, str(file))
@@ -78,11 +87,6 @@ def read(folder: Path, backbone: nn.Module, skip: tuple[str, ...]) -> tuple[Meth
     for name, tensor in biases.items():
         changes[site_key(paths[_plain(name)], "bias")] = Change("replaced", {"value": tensor.float()})
     return method_of(changes)
-
-
-def skipped(name: str, skip: tuple[str, ...]) -> bool:
-    """Whether a tensor's name holds one of the words to leave out, from one dot to another or as its beginning."""
-    return any(name.startswith(word) or f".{word}." in f".{name}." for word in skip)
 
 
 def _plain(name: str) -> str:
@@ -98,6 +102,9 @@ def _check(config: Mapping[str, Any], where: str) -> None:
         raise RequestError(f"{where}: peft_type {config.get('peft_type')!r}; read are {', '.join(TYPES)}")
     if asked := [name for name in REFUSED if config.get(name)]:
         raise RequestError(f"{where}: {asked[0]} {config[asked[0]]!r} is not supported")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, Mapping):
+            raise RequestError(f"{where}: {name} is no mapping but {config[name]!r}")
     start = config.get("init_lora_weights", True)
     if config["peft_type"] == "LORA" and start not in STARTS:
         raise RequestError(
@@ -110,11 +117,11 @@ def scale(config: Mapping[str, Any], module: str, rank: int, source: str) -> flo
     """alpha / r, or alpha / sqrt r, of the module; peft's patterns match the end of its name."""
     lora = config["peft_type"] == "LORA"
     alpha = config.get("lora_alpha" if lora else "alpha", 8)
-    alpha = _pattern(config.get("alpha_pattern"), module, alpha)
-    rank = rank if lora else _pattern(config.get("rank_pattern"), module, config.get("r", 8))
     try:
+        alpha = _pattern(config.get("alpha_pattern"), module, alpha)
+        rank = rank if lora else _pattern(config.get("rank_pattern"), module, config.get("r", 8))
         return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ZeroDivisionError, re.error) as error:
         raise RequestError(f"{source}: alpha {alpha!r} over rank {rank!r} of {module} is no scale") from error
 
 
@@ -158,7 +165,7 @@ def described(
         if getattr(module, "groups", 1) != 1:
             raise RequestError(f"{path} is a grouped convolution, whose change {what} cannot hold")
         names = {"down": "lora_A.weight", "up": "lora_B.weight"}
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding) and change.kind == "low_rank":
             pair = {"lora_embedding_A": change.tensors["up"], "lora_embedding_B": change.tensors["down"].t()}
             tensors |= {f"{start}{spelled[path]}.{name}": t.contiguous() for name, t in pair.items()}
             continue

@@ -139,8 +139,9 @@ def test_what_does_not_fit(tmp_path):
 
     text = "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight"
     refused(state | {text: torch.ones(2, 4)}, "text_encoder.text_model.encoder.layers.0.mlp.fc1 names no module")
-    refused(state | {text: torch.ones(2, 4)}, "but what was skipped", skip=("unet", "text_encoder"))
+    refused(state | {text: torch.ones(2, 4)}, "nothing but what is skipped", skip=("unet", "text_encoder"))
     refused(state | {"unet.conv_in.weight": torch.ones(1)}, "of no kind read here: unet.conv_in.weight")
+    refused(state, "no mapping", metadata={"lora_adapter_metadata": "[1]"})
     refused(state, "not JSON", metadata={"lora_adapter_metadata": "{"})
     refused(state, "use_dora", metadata={"lora_adapter_metadata": json.dumps({"unet.use_dora": True})})
     other = Adapted(DiffusersUNet(config={"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4,

@@ -223,6 +223,18 @@ def test_alpha_gives_the_scale_again(rank, alpha):
     assert alpha_of(Change("low_rank", change.tensors, 3 * rank / rank)) == 3 * rank
 
 
+def test_a_file_of_ours_is_for_its_backbone(tmp_path):
+    model = perturbed(adapt(text("llama")[0], LoRA(rank=3, roles="mlp.up")))
+    model.save(tmp_path / "a.safetensors")
+    same, other = Adapted(text("llama")[0]), Adapted(text("bert")[0])
+    import_adapter(same, tmp_path / "a.safetensors", name="x")
+    assert torch.equal(states(same), states(model))
+    assert isinstance(same.methods["x"], LoRA)
+    with pytest.raises(RequestError, match="made for backbone llama with fingerprint"):
+        import_adapter(other, tmp_path / "a.safetensors")
+    assert not other.methods
+
+
 def test_biases_go_there_and_back(tmp_path):
     _, theirs = text("bert")
     config = peft.LoraConfig(r=2, target_modules=["query"], bias="lora_only")
@@ -306,13 +318,19 @@ def refused(folder, message: str, **options):
     [
         ("use_dora", True), ("lora_bias", True), ("layer_replication", [[0, 1]]), ("target_parameters", ["x"]),
         ("alora_invocation_tokens", [1]), ("init_lora_weights", "pissa"), ("peft_type", "IA3"), ("lora_alpha", "many"),
-        ("peft_type", None), ("peft_type", "LOHA"), ("peft_type", ["LORA"]),
+        ("alpha_pattern", {"(": 3}), ("rank_pattern", [1]), ("peft_type", None), ("peft_type", "LOHA"),
+        ("peft_type", ["LORA"]),
     ],
 )  # fmt: skip
 def test_settings_that_mean_another_computation(folder, setting, value):
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {setting: value}))
-    refused(folder, {"many": "alpha 'many'", "LOHA": "low_rank change in a LOHA"}.get(str(value), setting))
+    refused(
+        folder,
+        {"many": "alpha 'many'", "{'(': 3}": "is no scale", "LOHA": "low_rank change in a LOHA"}.get(
+            str(value), setting
+        ),
+    )
 
 
 def rewritten(folder, change) -> None:
