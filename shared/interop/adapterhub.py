@@ -7,6 +7,7 @@ BERT and RoBERTa's usual adapters have (Houlsby's, Pfeiffer's, the parallel one,
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from shared.interop.peft import CONFIG, read_config
 from shared.method import Method
 from shared.methods.bert_bottleneck import BertBottleneck
 
-FILES = ("pytorch_adapter.bin", "adapter.safetensors", "model.safetensors")
+FILES = ("pytorch_adapter.bin", "adapter.safetensors")
 KEY = re.compile(
     r"(?:.*\.)?layer\.(?P<block>\d+)\.(?P<part>attention\.output|output)\."
     r"(?:adapters|(?:attention|layer)_text_(?:task|lang)_adapters)\.[^.]+\."
@@ -35,9 +36,10 @@ OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # of files that nam
 # The library's defaults of what decides the computation, and those that must stay as they are.
 DEFAULTS: dict[str, Any] = {
     "original_ln_before": False, "original_ln_after": True, "residual_before_ln": True, "is_parallel": False,
-    "scaling": 1.0, "dropout": 0.0, "non_linearity": "relu", "mh_adapter": False, "output_adapter": False,
+    "scaling": 1.0, "non_linearity": "relu", "mh_adapter": False, "output_adapter": False,
     "leave_out": [],
 }  # fmt: skip
+MORE: dict[str, tuple[type, ...]] = {"residual_before_ln": (str,), "scaling": (int, str)}  # types beside the default's
 FIXED: dict[str, Any] = {
     "ln_before": False, "ln_after": False, "use_gating": False, "phm_layer": False, "inv_adapter": None,
     "invertible_adapter": None, "cross_adapter": False, "stochastic_depth": 0.0,
@@ -61,6 +63,12 @@ def read(folder: Path, backbone: nn.Module, skip: tuple[str, ...]) -> tuple[Meth
     if odd := [name for name, value in FIXED.items() if (config.get(name) or value) != value]:
         raise RequestError(f"{where}: {odd[0]} {config[odd[0]]!r} is not supported")
     config = {**DEFAULTS, **config}
+    for name, default in DEFAULTS.items():
+        right = (
+            (bool, str) if name == "residual_before_ln" else (int, float, str) if name == "scaling" else type(default)
+        )
+        if name != "dropout" and not isinstance(config[name], right):
+            raise RequestError(f"{where}: {name} {config[name]!r}: wants such as {default!r}")
     file = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if file is None:
         raise RequestError(f"{folder}: it holds no {FILES[0]}")
@@ -123,7 +131,7 @@ def _method(config: Mapping[str, Any], whole: Mapping[str, Any], where: str, wid
     if name not in ACTIVATIONS:
         raise RequestError(f"{where}: non_linearity {name!r}; read are {', '.join(ACTIVATIONS)}")
     scale = config["scaling"]
-    if scale not in ("learned", "channel") and not isinstance(scale, (int, float)):
+    if scale not in ("learned", "channel") and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
         raise RequestError(f"{where}: scaling {scale!r}: wants a number, 'learned' or 'channel'")
     common = max(widths.values(), key=list(widths.values()).count, default=1)
     return BertBottleneck(

@@ -34,6 +34,7 @@ ENDINGS: dict[str, tuple[str, str]] = {
     ".dora_scale": ("", "magnitude"),
     **dict.fromkeys((f".lora_magnitude_vector{end}" for end in ("", ".weight", ".default.weight")), ("", "magnitude")),
 }
+LONGEST_FIRST = sorted(ENDINGS, key=len, reverse=True)
 NEEDED = {
     "low_rank": ("down", "up"), "tucker": ("down", "mid", "up"), "table": ("down", "up"),
     "hadamard": ("w1_a", "w1_b", "w2_a", "w2_b"), "kronecker": (),
@@ -85,12 +86,13 @@ def grouped(state: Mapping[str, Tensor]) -> tuple[dict[str, Parts], dict[str, Te
     found: dict[str, Parts] = {}
     left: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        ending = next((e for e in sorted(ENDINGS, key=len, reverse=True) if name.endswith(e)), None)
-        if ending is None:
+        ending = next((e for e in LONGEST_FIRST if name.endswith(e)), "")
+        kind, ours = ENDINGS.get(ending, ("", ""))
+        module = found.setdefault(name[: -len(ending)], {}) if ours else {}
+        if not ours or ours in module:
             left[name] = tensor
-            continue
-        kind, ours = ENDINGS[ending]
-        found.setdefault(name[: -len(ending)], {})[ours] = (kind, tensor)
+        else:
+            module[ours] = (kind, tensor)
     return found, left
 
 

@@ -46,6 +46,8 @@ def locate(backbone: nn.Module, names: Iterable[str], source: str, mark: str = "
     Raises RequestError naming the first that then still is none or several, and where two are the same module.
     """
     names = list(names)
+    if twice := [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []:
+        raise RequestError(f"{source}: {twice[0]} is named twice")
     ends: dict[str, list[str]] = {}
     paths = {path.replace(".", mark): path for path in layers(backbone)}
     for path in paths.values():

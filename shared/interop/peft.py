@@ -71,7 +71,8 @@ def read(folder: Path, backbone: nn.Module, skip: tuple[str, ...]) -> tuple[Meth
     biases = {name.removesuffix(".bias"): t for name, t in left.items() if _trained_bias(name, config)}
     if unknown := [name for name in left if name.removesuffix(".bias") not in biases]:
         raise RequestError(f"{file}: {len(unknown)} of its {len(state)} tensors are none of the adapter: {unknown[0]}")
-    paths = n.locate(backbone, dict.fromkeys(map(_plain, (*found, *biases))), str(file))
+    named = [_plain(name) for name in found]
+    paths = n.locate(backbone, [*named, *({_plain(name) for name in biases} - set(named))], str(file))
     changes: dict[str, Change] = {}
     for name, parts in found.items():
         path = paths[_plain(name)]
@@ -120,9 +121,12 @@ def scale(config: Mapping[str, Any], module: str, rank: int, source: str) -> flo
     try:
         alpha = _pattern(config.get("alpha_pattern"), module, alpha)
         rank = rank if lora else _pattern(config.get("rank_pattern"), module, config.get("r", 8))
-        return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        found = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
     except (TypeError, ValueError, ZeroDivisionError, re.error) as error:
         raise RequestError(f"{source}: alpha {alpha!r} over rank {rank!r} of {module} is no scale") from error
+    if not math.isfinite(found):
+        raise RequestError(f"{source}: alpha {alpha!r} over rank {rank!r} of {module} is no finite scale")
+    return found
 
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:

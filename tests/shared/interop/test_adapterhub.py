@@ -10,12 +10,14 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
 from modalities.language.backbones import TransformersText
 from shared.adapted import Adapted
-from shared.errors import RequestError
+from shared.errors import RequestError, WorkError
 from shared.interop import export_adapter, import_adapter
 from tests.shared.hosts import HOSTS, SMALL_TEXT
 
@@ -47,6 +49,7 @@ FUNCTIONS = {
     "relu": torch.relu, "swish": F.silu, "gelu": F.gelu, "leakyrelu": F.leaky_relu,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
 }  # fmt: skip
+JSON = st.none() | st.booleans() | st.floats() | st.text(max_size=3) | st.lists(st.integers(0, 1), max_size=2)
 
 
 def text(family: str = "bert") -> TransformersText:
@@ -212,6 +215,28 @@ def refused(folder, message: str, family: str = "bert") -> None:
         import_adapter(model, folder)
     assert "\n" not in str(error.value)
     assert not model.methods
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(sorted(HOULSBY)), JSON)
+def test_any_setting_is_read_or_refused_in_one_line(written_once, setting, value):
+    folder, model, said = written_once, Adapted(text()), ""
+    whole = json.loads((folder / "adapter_config.json").read_text())
+    whole["config"] = PFEIFFER | {setting: value}
+    (folder / "adapter_config.json").write_text(json.dumps(whole))
+    try:
+        import_adapter(model, folder)
+    except (RequestError, WorkError) as error:  # a scaling of zero has no effect
+        said = str(error)
+    assert "\n" not in said
+    assert bool(said) != bool(model.methods)
+
+
+@pytest.fixture(scope="module")
+def written_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    written(folder, PFEIFFER, tensors(PFEIFFER))
+    return folder
 
 
 STEM = "bert.encoder.layer.0.output.adapters.sst."

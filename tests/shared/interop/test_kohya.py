@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
@@ -14,7 +18,7 @@ from torch import Tensor, nn
 
 from modalities.diffusion.backbones import unet as unets
 from shared.adapted import Adapted, adapt
-from shared.errors import RequestError
+from shared.errors import RequestError, WorkError
 from shared.interop import export_adapter, import_adapter
 from shared.methods import LoRA
 
@@ -227,6 +231,25 @@ def test_a_kronecker_product_that_does_not_fit(tmp_path):
     save_file(broken, tmp_path / "b.safetensors")
     with pytest.raises(RequestError, match="lacks w1"):
         import_adapter(Adapted(small()), tmp_path / "b.safetensors", example=(X,))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_file_with_any_byte_changed_is_read_or_refused_in_one_line(data):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.safetensors"
+        save_file(theirs(data.draw(st.sampled_from(["locon_core", "loha", "lokr"])))[0], path)
+        whole = bytearray(path.read_bytes())
+        header = 8 + int.from_bytes(whole[:8], "little")
+        whole[data.draw(st.integers(0, header + 40))] ^= data.draw(st.integers(1, 255))
+        path.write_bytes(whole[: data.draw(st.sampled_from([None, header, -3]))])
+        model, said = Adapted(small()), ""
+        try:
+            import_adapter(model, path, example=(X,))
+        except (RequestError, WorkError) as error:
+            said = str(error)
+        assert "\n" not in said
+        assert bool(said) != bool(model.methods)
 
 
 def test_other_peoples_files(tmp_path):

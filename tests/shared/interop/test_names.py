@@ -36,6 +36,7 @@ def test_any_prefix_is_taken_off(paths, prefix):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
+        (["left.fc_1", "left.fc_1"], "x: left.fc_1 is named twice"),
         (["layers.2.q_proj"], "x: 0 of its 1 modules fit ModuleDict: layers.2.q_proj names no module"),
         (["layers.0.q_proj", "layers.0.k_proj"], "1 of its 2 modules fit.*k_proj names no module"),
         (["a.fc_1"], r"a.fc_1 names 2 modules \(left.fc_1, right.fc_1\)"),

@@ -10,7 +10,7 @@ import re
 import peft
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -331,6 +331,36 @@ def test_settings_that_mean_another_computation(folder, setting, value):
             str(value), setting
         ),
     )
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["0", ".*", "("]), inner, max_size=2),
+    max_leaves=3,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    saved(nn.Sequential(nn.Linear(4, 5)), peft.LoraConfig(r=3, target_modules=["0"]), folder)
+    return folder, json.loads((folder / "adapter_config.json").read_text())
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_setting_is_read_or_refused_in_one_line(one, data):
+    folder, config = one
+    setting = data.draw(st.sampled_from(sorted(config)))
+    (folder / "adapter_config.json").write_text(json.dumps(config | {setting: data.draw(JSON)}))
+    model, said = Adapted(nn.Sequential(nn.Linear(4, 5))), ""
+    try:
+        import_adapter(model, folder)
+    except RequestError as error:
+        said = str(error)
+    assert "\n" not in said
+    assert bool(said) != bool(model.methods)
+    assert all(math.isfinite(change["scale"]) for m in model.methods.values() for change in m.changes.values())
 
 
 def rewritten(folder, change) -> None:
