@@ -64,10 +64,7 @@ def read(folder: Path, backbone: nn.Module, skip: tuple[str, ...]) -> tuple[Meth
         raise RequestError(f"{where}: {odd[0]} {config[odd[0]]!r} is not supported")
     config = {**DEFAULTS, **config}
     for name, default in DEFAULTS.items():
-        right = (
-            (bool, str) if name == "residual_before_ln" else (int, float, str) if name == "scaling" else type(default)
-        )
-        if name != "dropout" and not isinstance(config[name], right):
+        if type(config[name]) not in (type(default), *MORE.get(name, ())):
             raise RequestError(f"{where}: {name} {config[name]!r}: wants such as {default!r}")
     file = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if file is None:
@@ -75,9 +72,8 @@ def read(folder: Path, backbone: nn.Module, skip: tuple[str, ...]) -> tuple[Meth
     state = read_tensors(file, skip)
     blocks, width = _shape_of(backbone, where)
     found = _placed(state, str(file))
-    wanted = {
-        (part, b) for part in _parts(config, where) for b in range(blocks) if b not in (config["leave_out"] or ())
-    }
+    kept = [block for block in range(blocks) if block not in config["leave_out"]]
+    wanted = {(part, block) for part in _parts(config, where) for block in kept}
     if wrong := sorted(wanted ^ found.keys()):
         what = "lacks" if wrong[0] in wanted else "also has"
         raise RequestError(f"{file}: {what} the adapter of block {wrong[0][1]} {wrong[0][0]}: not as its settings say")
