@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -285,7 +286,8 @@ def _inspect(asked: argparse.Namespace) -> None:
 
 def _spell(values: dict[str, Any]) -> str:
     return ", ".join(
-        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={textwrap.shorten(str(value), 100)}"
+        for key, value in values.items()
     )
 
 

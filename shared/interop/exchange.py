@@ -29,7 +29,8 @@ def import_adapter(
 ) -> None:
     """Add the adapter that a file or folder holds to ``model`` under ``name``, and make it the active one.
 
-    A prediction head beside the adapter stays where it is, and dropout, which acts in training alone, is left out.
+    Dropout, which acts in training alone, is left out, and so is a prediction head in files of its own (AdapterHub's);
+    one among the adapter's tensors is an error unless ``skip`` names it.
     format: "peft", "kohya" (LyCORIS too), "diffusers", "adapterhub" or "omniadapt" (a file of ours, whose method this
     attaches), None for what its content says.
     skip: words of tensors' names, between dots, or beginnings of them, to leave out ("classifier", "lora_te").
