@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -121,6 +122,18 @@ def _parser() -> _Parser:
     pull = add("pull", "Fetch a run from a repository of the Hugging Face Hub.")
     pull.add_argument("repository", metavar="OWNER/NAME[@REVISION]", help="the repository")
     pull.add_argument("--output", metavar="DIR", type=Path, help="where to write (default: NAME)")
+    export = add("export", "Write a finished run's adapter as other libraries read it.")
+    export.add_argument("run", metavar="RUN", type=Path, help="the directory of a finished run, or hf://owner/name")
+    export.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="a folder for its files")
+    export.add_argument("--as", dest="kind", choices=("peft", "kohya", "diffusers"), required=True, help="the format")
+    export.add_argument("--prefix", metavar="TEXT", help="what stands before the layers' names, such as model.")
+    imports = add("import", "Make an adapter file for a recipe's backbone from another library's.")
+    imports.add_argument("recipe", metavar="RECIPE", help="a recipe file, or a name that 'list recipes' shows")
+    imports.add_argument("file", metavar="FILE", type=Path, help="of peft, kohya, LyCORIS, diffusers or AdapterHub")
+    imports.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
+    imports.add_argument("--tiny", action="store_true", help="the recipe's small trial settings")
+    imports.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="the adapter file")
+    imports.add_argument("--skip", metavar="WORD,WORD", type=_names, default=[], help="tensors to leave out: a head's")
     add("count", "Count a recipe's parameters without loading weights or data.", recipe, as_json)
     listing = add("list", "List what there is.", as_json)
     listing.add_argument("what", choices=LISTS, help=", ".join(LISTS), metavar="WHAT")
@@ -194,6 +207,25 @@ def _pull(asked: argparse.Namespace) -> None:
     print(folder)
 
 
+def _export(asked: argparse.Namespace) -> None:
+    from shared import interop, run
+
+    print(*interop.export_adapter(run.load(asked.run).task.model, asked.output, format=asked.kind, prefix=asked.prefix))
+
+
+def _import(asked: argparse.Namespace) -> None:
+    from shared import Adapted, interop, recipe, run
+
+    if asked.output.exists():
+        raise RequestError(f"{asked.output}: it is there already; name another file")
+    chosen = recipe.load(asked.recipe, asked.overrides, tiny=asked.tiny, files=False)
+    run.seed(chosen.seed)
+    model = Adapted(chosen.build("backbone", bands=chosen.outline().bands))
+    interop.import_adapter(model, asked.file, skip=asked.skip)
+    model.save(asked.output)
+    print(asked.output)
+
+
 def _count(asked: argparse.Namespace) -> None:
     from shared import recipe, run
 
@@ -254,7 +286,8 @@ def _inspect(asked: argparse.Namespace) -> None:
 
 def _spell(values: dict[str, Any]) -> str:
     return ", ".join(
-        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={textwrap.shorten(str(value), 100)}"
+        for key, value in values.items()
     )
 
 

@@ -4,6 +4,7 @@ from shared.methods.adapt_former import AdaptFormer as AdaptFormer
 from shared.methods.adapter_bias import AdapterBias as AdapterBias
 from shared.methods.adapter_fusion import AdapterFusion as AdapterFusion
 from shared.methods.adapter_fusion import Pfeiffer as Pfeiffer
+from shared.methods.bert_bottleneck import BertBottleneck as BertBottleneck
 from shared.methods.binary_adapter import BinaryAdaptFormer as BinaryAdaptFormer
 from shared.methods.binary_adapter import BinaryLoRA as BinaryLoRA
 from shared.methods.bitfit import BitFit as BitFit
@@ -17,6 +18,7 @@ from shared.methods.full import Full as Full
 from shared.methods.hydra import Hydra as Hydra
 from shared.methods.hyperformer import Hyperformer as Hyperformer
 from shared.methods.ia3 import IA3 as IA3
+from shared.methods.imported import Imported as Imported
 from shared.methods.llm_adapters import ParallelAdapter as ParallelAdapter
 from shared.methods.llm_adapters import SeriesAdapter as SeriesAdapter
 from shared.methods.lora import LoRA as LoRA
