@@ -79,7 +79,7 @@ def compare(
             print(f"{one.place.replace('/', ', ').replace('_', ' ')} ({index + 1} of {len(planned)})", flush=True)
             result = _run(one, output, data[index])
             if all(method != one.method for method, _ in runs):
-                latencies[one.method] = _latency(output / one.place, output / one.method / LATENCY, data[index])
+                latencies[one.method] = _latency(one, output, data[index])
             runs.setdefault((one.method, one.recipe.seed), []).append(result)
             score, seconds = score_of(result), result["cost"]["train_seconds"]
             print(f"  {spelled(score)} {number(result['test'][score])} after {seconds:.0f} s of training", flush=True)
@@ -188,14 +188,17 @@ def _fitting(planned: Sequence[Planned], data: list[Any], *, skip: bool) -> tupl
     return [one for one, _ in kept], [own for _, own in kept]
 
 
-def _latency(folder: Path, file: Path, data: Any) -> dict[str, dict[str, float]]:
-    """Seconds of inference of a finished run by form, of one sample and of a batch; kept in ``file``."""
+def _latency(one: Planned, output: Path, data: Any) -> dict[str, dict[str, float]]:
+    """Seconds of inference of a finished run by form, of one sample and of a batch; kept in its method's directory."""
     from shared.latency import first, latency
-    from shared.run import load
+    from shared.run import ADAPTER, device, task_of
 
+    file = output / one.method / LATENCY
     if file.is_file():
         return json.loads(file.read_text())
-    task = load(folder).task
+    task = task_of(one.recipe, data)
+    task.model.load(output / one.place / ADAPTER)
+    task.to(device())
     batch = next(iter(data.test()))
     batch = {key: value.to(task.device) if hasattr(value, "to") else value for key, value in batch.items()}
     found = {"one": latency(task, first(batch)), "batch": latency(task, batch, rounds=3, calls=2)}

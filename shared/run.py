@@ -50,7 +50,7 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, data: Any = None)
     available(engine)
     # Everything is built and all data read once before the directory exists: a wrong request leaves nothing behind.
     data = recipe.build("data") if data is None else data
-    task = _task(recipe, data)
+    task = task_of(recipe, data)
     described, parameters = data.describe(), task.model.count()
     for split in (data.train, data.validation, data.test):
         split()  # a split that cannot be had is refused now
@@ -74,7 +74,7 @@ def _written(recipe: Recipe, output: Path, found: dict[str, Any], task: Any, dat
     from shared.training.engine import BEST, read_checkpoint
 
     if recipe.build("trainer").strategy == "fsdp":  # the trained model is divided: a whole one takes its place
-        task = _task(recipe, data)
+        task = task_of(recipe, data)
         task.load_state_dict(read_checkpoint(output / BEST)["state_dict"])
     model: Adapted = task.model
     model.save(output / ADAPTER, metrics=scalars(found["test"]), extra={"recipe": recipe.tree, "data": found["data"]})
@@ -85,7 +85,8 @@ def _written(recipe: Recipe, output: Path, found: dict[str, Any], task: Any, dat
     return found
 
 
-def _task(recipe: Recipe, data: Any) -> Any:
+def task_of(recipe: Recipe, data: Any) -> Any:
+    """The recipe's task with a new model for this data."""
     return recipe.build("task", model=build(recipe, data), data=data, optimiser=recipe.build("optimiser"))
 
 
@@ -114,8 +115,6 @@ def load(folder: str | Path) -> Trained:
     """
     import hashlib
 
-    import torch
-
     from shared import recipe as recipes
     from shared.hub import local
     from shared.store import read_header
@@ -138,9 +137,15 @@ def load(folder: str | Path) -> Trained:
     model = build(chosen, data)
     model.load(folder / ADAPTER)
     task = chosen.build("task", model=model, data=data, optimiser=chosen.build("optimiser")).eval()
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     digest = hashlib.sha256((folder / ADAPTER).read_bytes()).hexdigest()
-    return Trained(task.to(device), described, {"adapter": digest, "device": device})
+    return Trained(task.to(device()), described, {"adapter": digest, "device": device()})
+
+
+def device() -> str:
+    """Where a trained model runs: on the GPU where there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def build(recipe: Recipe, data: Any) -> Adapted:

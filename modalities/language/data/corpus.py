@@ -16,11 +16,12 @@ from modalities.language import tokens as t
 from modalities.language.data import reading
 from modalities.language.data.files import TextFiles
 from modalities.language.data.grammar import sentences
+from modalities.language.data.splits import Loaders
 from modalities.language.data.texts import SPLITS, padded
 from shared.errors import RequestError
 
 
-class Corpus:
+class Corpus(Loaders):
     """What a language model is fed: ``train()``, ``validation()``, ``test()`` loaders of windows of running text.
 
     The documents of a split stand one after another, each between the begin and end tokens of the tokenizer. A window
@@ -42,16 +43,6 @@ class Corpus:
         self.tokens = t.train(documents["train"], vocabulary) if tokenizer is None else t.Tokens(tokenizer)
         self.vocabulary = self.tokens.size
         self.streams = {part: self._stream(part) for part in SPLITS}
-
-    def train(self) -> DataLoader:
-        """Windows shuffled anew each epoch."""
-        return self._loader("train", shuffle=True)
-
-    def validation(self) -> DataLoader:
-        return self._loader("validation")
-
-    def test(self) -> DataLoader:
-        return self._loader("test")
 
     def describe(self) -> dict[str, Any]:
         """What was read, as JSON; ``tokenizer_sha256`` tells the tokenizer from any other."""

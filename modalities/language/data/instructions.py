@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from modalities.language.data import reading
 from modalities.language.data.corpus import shared_out
+from modalities.language.data.splits import Loaders
 from modalities.language.data.texts import SPLITS, padded
 from modalities.language.tokens import Tokens
 from shared.errors import RequestError
@@ -39,7 +40,7 @@ class Row(NamedTuple):
     name: str
 
 
-class Instructions:
+class Instructions(Loaders):
     """Instructions in the prompt of Alpaca, for ``LanguageModelling``.
 
     A batch is ``{"tokens": int64 (B, N), "mask" and "scored": bool (B, N), "bytes": int64 (B,), "name": [str]}``,
@@ -81,16 +82,6 @@ class Instructions:
         self.vocabulary = self.tokens.size
         parts = shared_out(list(pairs), validation, test, seed)
         self.rows = {part: [self._row(pairs[text]) for text in parts[part]] for part in SPLITS}
-
-    def train(self) -> DataLoader:
-        """Shuffled anew each epoch."""
-        return self._loader("train", shuffle=True)
-
-    def validation(self) -> DataLoader:
-        return self._loader("validation")
-
-    def test(self) -> DataLoader:
-        return self._loader("test")
 
     def describe(self) -> dict[str, Any]:
         """What was read, as JSON."""

@@ -1,4 +1,4 @@
-"""Splits of labelled texts: every class shared out alike, and equal texts never in two splits."""
+"""Splits of texts: their loaders; and labelled ones shared out alike, equal texts never in two splits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import random
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from typing import TypeVar
+
+from torch.utils.data import DataLoader
 
 from shared.errors import RequestError
 
@@ -52,3 +54,20 @@ def few(labels: Sequence[int], count: int, seed: int, classes: Sequence[str]) ->
             raise RequestError(f"per_class {count}: class {name!r} has only {len(members)} texts to train on")
         drawn += random.Random(f"{seed} {index}").sample(members, count)
     return sorted(drawn)
+
+
+class Loaders:
+    """The loaders of the three splits, which ``_loader`` makes."""
+
+    def train(self) -> DataLoader:
+        """Shuffled anew each epoch."""
+        return self._loader("train", shuffle=True)
+
+    def validation(self) -> DataLoader:
+        return self._loader("validation")
+
+    def test(self) -> DataLoader:
+        return self._loader("test")
+
+    def _loader(self, part: str, shuffle: bool = False) -> DataLoader:
+        raise NotImplementedError

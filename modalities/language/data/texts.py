@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from modalities.language.data.splits import few
+from modalities.language.data.splits import Loaders, few
 from modalities.language.tokens import Tokens
 from shared.errors import RequestError
 
@@ -24,7 +24,7 @@ class Sample(NamedTuple):
     name: str
 
 
-class Texts:
+class Texts(Loaders):
     """What a task is fed: ``train()``, ``validation()``, ``test()`` loaders of labelled texts.
 
     A batch is ``{"tokens": int64 (B, N), "mask": bool (B, N), "label": int64 (B,), "text": [str], "name": [str]}``,
@@ -57,16 +57,6 @@ class Texts:
         there = {sample.label for sample in self.samples["train"]}
         if absent := [name for index, name in enumerate(self.classes) if index not in there]:
             raise RequestError(f"class {absent[0]!r} has no text to train on")
-
-    def train(self) -> DataLoader:
-        """Shuffled anew each epoch."""
-        return self._loader("train", shuffle=True)
-
-    def validation(self) -> DataLoader:
-        return self._loader("validation")
-
-    def test(self) -> DataLoader:
-        return self._loader("test")
 
     def describe(self) -> dict[str, Any]:
         """What was read, as JSON; ``reading`` is what it takes to feed a new text to a model trained on these."""
