@@ -152,6 +152,17 @@ def test_wrong_requests(small, tmp_path, methods, seeds, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_lost_latency_is_measured_again_on_data_normalised_as_the_backbone_wants(tmp_path):
+    path = tmp_path / "images.yaml"
+    path.write_text(IMAGES.replace(", normalisation: measured", ", size: 32, crop: 1.0") + "trainer: {steps: 1}\n")
+    chosen, folder = recipe.load(str(path)), tmp_path / "out"
+    (row,) = compare.compare(chosen, ["probe"], [0], folder)
+    (folder / "Probe" / "latency.json").unlink()
+    (again,) = compare.compare(recipe.load(str(path)), ["probe"], [0], folder, resume=True)
+    assert again.latency["batch"].keys() == row.latency["batch"].keys()
+    assert again.scores == row.scores
+
+
 def test_data_that_the_run_s_seed_draws_are_drawn_once_a_seed_for_all_methods(tmp_path):
     path = tmp_path / "images.yaml"
     path.write_text(IMAGES)
