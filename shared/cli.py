@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -86,15 +86,19 @@ def _parser() -> _Parser:
         command.set_defaults(command=globals()[f"_{name}"])
         return command
 
+    _on_recipes(add)
+    _on_runs(add)
+    _on_facts(add)
+    return parser
+
+
+def _on_recipes(add: Callable[..., _Parser]) -> None:
     recipe = _Parser(add_help=False)
     recipe.add_argument("recipe", metavar="RECIPE", help="a recipe file, or a name that 'list recipes' shows")
     recipe.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change, such as method.rank=16")
     recipe.add_argument("--tiny", action="store_true", help="the recipe's small trial settings")
     output = _Parser(add_help=False)
     output.add_argument("--output", metavar="DIR", type=Path, help="where to write (default: below runs/)")
-    as_json = _Parser(add_help=False)
-    as_json.add_argument("--json", action="store_true", help="print JSON")
-
     run = add("run", "Train what a recipe describes and write a run directory.", recipe, output)
     run.add_argument("--resume", action="store_true", help="go on with the run in --output, or with the recipe's last")
     compare = add("compare", "Train a recipe with several methods and compare them.", recipe, output)
@@ -102,6 +106,18 @@ def _parser() -> _Parser:
     compare.add_argument("--seeds", type=_numbers, default=[], help="such as 0,1,2 (default: the recipe's)")
     compare.add_argument("--folds", metavar="N", type=int, help="cross-validation: train on N splits, score all as one")
     compare.add_argument("--resume", action="store_true", help="keep the finished runs that --output holds")
+    count = add("count", "Count a recipe's parameters without loading weights or data.", recipe)
+    count.add_argument("--json", action="store_true", help="print JSON")
+    imports = add("import", "Make an adapter file for a recipe's backbone from another library's.")
+    imports.add_argument("recipe", metavar="RECIPE", help="a recipe file, or a name that 'list recipes' shows")
+    imports.add_argument("file", metavar="FILE", type=Path, help="of peft, kohya, LyCORIS, diffusers or AdapterHub")
+    imports.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
+    imports.add_argument("--tiny", action="store_true", help="the recipe's small trial settings")
+    imports.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="the adapter file")
+    imports.add_argument("--skip", metavar="WORD,WORD", type=_names, default=[], help="tensors to leave out: a head's")
+
+
+def _on_runs(add: Callable[..., _Parser]) -> None:
     predict = add("predict", "Predict for files, such as rasters of any size, with a trained run.")
     predict.add_argument("run", metavar="RUN", type=Path, help="the directory of a finished run, or hf://owner/name")
     predict.add_argument("inputs", metavar="INPUT", nargs="+", type=Path, help="files, and folders of files")
@@ -127,20 +143,15 @@ def _parser() -> _Parser:
     export.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="a folder for its files")
     export.add_argument("--as", dest="kind", choices=("peft", "kohya", "diffusers"), required=True, help="the format")
     export.add_argument("--prefix", metavar="TEXT", help="what stands before the layers' names, such as model.")
-    imports = add("import", "Make an adapter file for a recipe's backbone from another library's.")
-    imports.add_argument("recipe", metavar="RECIPE", help="a recipe file, or a name that 'list recipes' shows")
-    imports.add_argument("file", metavar="FILE", type=Path, help="of peft, kohya, LyCORIS, diffusers or AdapterHub")
-    imports.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
-    imports.add_argument("--tiny", action="store_true", help="the recipe's small trial settings")
-    imports.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="the adapter file")
-    imports.add_argument("--skip", metavar="WORD,WORD", type=_names, default=[], help="tensors to leave out: a head's")
-    add("count", "Count a recipe's parameters without loading weights or data.", recipe, as_json)
-    listing = add("list", "List what there is.", as_json)
+
+
+def _on_facts(add: Callable[..., _Parser]) -> None:
+    listing = add("list", "List what there is.")
     listing.add_argument("what", choices=LISTS, help=", ".join(LISTS), metavar="WHAT")
     listing.add_argument("filters", metavar="key=value", nargs="*", help="of methods, such as mergeable=yes")
+    listing.add_argument("--json", action="store_true", help="print JSON")
     add("show", "Show a class with its settings, or the text of a recipe.").add_argument("what", metavar="NAME")
     add("inspect", "Show what an adapter file holds.").add_argument("file", metavar="FILE", type=Path)
-    return parser
 
 
 def _names(text: str) -> list[str]:
