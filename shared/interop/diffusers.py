@@ -1,6 +1,6 @@
 """LoRA files of diffusers: ``unet.<path>.lora_A.weight`` with peft's configuration in the header, and older forms.
 
-Older: ``<path>.lora.down.weight`` and attention processors' ``<path>.processor.to_q_lora.down.weight``, of scale 1.
+Magnitudes (DoRA) too. Older: ``<path>.lora.down.weight`` and attention processors' ``<path>.processor.to_q_lora.down.weight``, of scale 1.
 """
 
 from __future__ import annotations

@@ -248,7 +248,7 @@ def test_a_kronecker_product_that_does_not_fit(tmp_path):
 def test_a_file_with_any_byte_changed_is_read_or_refused_in_one_line(data):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.safetensors"
-        save_file(theirs(data.draw(st.sampled_from(["locon_core", "loha", "lokr"])))[0], path)
+        save_file(theirs(data.draw(st.sampled_from(["locon_core", "loha", "lokr", "dora_columns"])))[0], path)
         whole = bytearray(path.read_bytes())
         header = 8 + int.from_bytes(whole[:8], "little")
         whole[data.draw(st.integers(0, header + 40))] ^= data.draw(st.integers(1, 255))

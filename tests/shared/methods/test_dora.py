@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shared.adapted import adapt
 from shared.errors import RequestError
 from shared.methods import DoRA, LoRA
-from shared.sites import describe
+from shared.sites import Site, Sites, describe
 
 X = torch.linspace(-1, 1, 2 * 3 * 6).reshape(2, 3, 6)
 
@@ -143,7 +143,7 @@ def test_impossible_ranks_are_one_clear_line(rank):
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_dropout_sees_all_that_is_added_to_the_frozen_product(kind):
-    layer, x = (nn.Linear(6, 4), X) if kind == "linear" else (nn.Conv2d(3, 5, 3, groups=1), torch.randn(2, 3, 6, 5))
+    layer, x = (nn.Linear(6, 4), X) if kind == "linear" else (nn.Conv2d(3, 5, 3), torch.randn(2, 3, 6, 5))
     layer, model, adapter = one(layer, roles=kind, dropout=0.5)
     raw, bias = layer._parameters["weight"], layer._parameters["bias"]
     product = torch.nn.functional.linear if kind == "linear" else torch.nn.functional.conv2d
@@ -204,6 +204,27 @@ def test_each_of_several_adapters_has_its_own_dropout():
     first, second = (torch.nn.functional.dropout(X, p) for p in (0.5, 0.25))
     theirs = X @ raw.T + bias + first @ (adapter(raw, 0.5) - raw).T + second @ (lora.up.T @ lora.down).T
     assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_dropout_of_rows_of_a_fused_projection():
+    """Query and value of one weight: each with a mask of its own, keys as frozen."""
+    layer = nn.Linear(6, 12)
+    rows = {"attention.query": (0, 4), "attention.value": (8, 12)}
+    parts = [Site(role, 0, "", layer, "weight", rows=at, layout="BNC", width=6) for role, at in rows.items()]
+    model: Any = adapt(layer, DoRA(rank=2, dropout=0.5, roles=tuple(rows)), sites=Sites(parts, "fused"))
+    bare = layer._parameters["weight"]
+    assert torch.equal(model.train()(X), X @ bare.T + layer.bias)
+    for adapter in model.bank["default"].values():
+        nn.init.normal_(adapter.change.up)
+    query, value = model.bank["default"].values()
+    torch.manual_seed(1)
+    ours = model(X)
+    torch.manual_seed(1)
+    theirs = torch.nn.functional.linear(X, bare, layer.bias).tensor_split((4, 8), -1)
+    masked = [torch.nn.functional.dropout(X, 0.5) for _ in range(2)]
+    assert torch.allclose(ours[..., :4], theirs[0] + masked[0] @ (query(bare[:4]) - bare[:4]).T, atol=1e-5)
+    assert torch.equal(ours[..., 4:8], theirs[1])
+    assert torch.allclose(ours[..., 8:], theirs[2] + masked[1] @ (value(bare[8:]) - bare[8:]).T, atol=1e-5)
 
 
 def test_dropout_where_the_weight_is_read_without_a_call_is_one_clear_line():
