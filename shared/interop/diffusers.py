@@ -1,6 +1,7 @@
 """LoRA files of diffusers: ``unet.<path>.lora_A.weight`` with peft's configuration in the header, and older forms.
 
-Magnitudes (DoRA) too. Older: ``<path>.lora.down.weight`` and attention processors' ``<path>.processor.to_q_lora.down.weight``, of scale 1.
+Older: ``<path>.lora.down.weight`` and attention processors' ``<path>.processor.to_q_lora.down.weight``, of scale 1.
+Magnitudes (DoRA) are read and written as peft's are.
 """
 
 from __future__ import annotations
