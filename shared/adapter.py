@@ -59,10 +59,12 @@ class WeightAdapter(nn.Module):
     """A change of a frozen tensor. The core decides how it is applied: folded, beside the product, or merged.
 
     Subclasses give ``delta``; those whose value is not a sum override ``forward``.
+    dropout: probability on the input of what the change adds to a layer's product, in training.
     ranked: names of the tensors whose first axis is a rank that weights or data decide; a file brings its own.
     """
 
     ranked: tuple[str, ...] = ()
+    dropout: float = 0.0
 
     def __init__(self) -> None:
         super().__init__()

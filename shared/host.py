@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from shared.adapter import Adapter, WeightAdapter
 from shared.errors import RequestError
-from shared.linear import CONVOLUTIONS, Piece, convolution_beside, linear, linear_beside
+from shared.linear import CONVOLUTIONS, Piece, changed, convolution_beside, dropped, linear, linear_beside
 from shared.sites import Site
 
 
@@ -59,8 +59,7 @@ class Port:
         state, raw = self.state, host._parameters[parameter]
         if self.stored and state.active == state.merged:
             return raw
-        here = self.on[parameter]
-        parts = [(strength, here[name]) for name, strength in state.active if name in here]
+        parts = self.parts(parameter)
         weight = self.frozen(host, parameter)
         if not parts:
             return weight
@@ -68,6 +67,11 @@ class Port:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return changed(weight, parts)
         return self._fold(weight, parameter, parts)
+
+    def parts(self, parameter: str) -> list[tuple[float, list]]:
+        """The active changes of a parameter in order: the strength of each, and its adapters with their rows."""
+        here = self.on.get(parameter, {})
+        return [(strength, here[name]) for name, strength in self.state.active if name in here]
 
     def _record(self, adapters) -> None:
         if not torch.compiler.is_compiling():
@@ -89,8 +93,8 @@ class Port:
     def pieces(self, parameter: str) -> list[Piece] | None:
         """The active changes of a parameter as factors, or None where one has none; empty where none is active."""
         found: list[Piece] = []
-        for name, strength in self.state.active:
-            for rows, adapter in self.on.get(parameter, {}).get(name, ()):
+        for strength, parts in self.parts(parameter):
+            for rows, adapter in parts:
                 factors = adapter.factors()
                 if factors is None:
                     return None
@@ -136,21 +140,6 @@ class Port:
         return run(*args, **kwargs)
 
 
-def changed(weight: Tensor, parts) -> Tensor:
-    """``weight`` after each active adapter in turn; out of place and differentiable."""
-    for strength, rows in parts:
-        if rows[0][0] is None:
-            for _, adapter in rows:
-                weight = adapter(weight, strength)
-            continue
-        out, at = [], 0
-        for (start, stop), adapter in sorted(rows, key=lambda part: part[0]):
-            out += [weight[at:start], adapter(weight[start:stop], strength)]
-            at = stop
-        weight = torch.cat([*out, weight[at:]])
-    return weight
-
-
 def _stamp(tensor: Tensor) -> tuple:
     # The tensor itself is kept, so its identity cannot be reused while the stamp lives.
     return tensor, tensor._version, tensor.data_ptr(), tensor.dtype
@@ -170,6 +159,8 @@ def _same(old: list, new: list) -> bool:
 
 def attach(site: Site, adapter: Adapter | WeightAdapter, name: str, state: State) -> None:
     """Put an adapter on a site's module, under ``name``; the module becomes a host if it is not one yet."""
+    if isinstance(adapter, WeightAdapter):
+        _check_weight_site(site, adapter)
     host = site.module
     port = host.__dict__.get("_port")
     if port is None:
@@ -179,7 +170,6 @@ def attach(site: Site, adapter: Adapter | WeightAdapter, name: str, state: State
             f"site {site.key}: its module already belongs to another adapted model; detach that one first"
         )
     if isinstance(adapter, WeightAdapter):
-        _check_weight_site(site, adapter)
         port.on.setdefault(str(site.parameter), {}).setdefault(name, []).append((site.rows, adapter))
     else:
         port.around.setdefault(name, []).append(adapter)
@@ -194,13 +184,12 @@ def _stay_called(host: nn.Module, args: tuple) -> None:
 
 def _check_weight_site(site: Site, adapter: WeightAdapter) -> None:
     site.weight  # noqa: B018  raises where the site has none
-    factors = adapter.factors()
     called = isinstance(site.module, (nn.Linear, *CONVOLUTIONS)) and not isinstance(
         site.module, nn.modules.linear.NonDynamicallyQuantizableLinear
     )
-    if factors is not None and factors.dropout and not called:
+    if adapter.dropout and not called:
         raise RequestError(
-            f"site {site.key}: dropout {factors.dropout:g} cannot act on {site.parameter} of "
+            f"site {site.key}: dropout {adapter.dropout:g} cannot act on {site.parameter} of "
             f"{type(site.module).__name__}, whose weight is read without a call; use dropout 0"
         )
 
@@ -260,10 +249,19 @@ def _adapted_parameter(name: str) -> property:
     return property(lambda self: self.__dict__["_port"].read(self, name))
 
 
-def _beside(port: Port, training: bool) -> list[Piece]:
-    """The factors to apply beside or inside the product in this call; none where reading the weight does it all."""
+def _beside(port: Port, training: bool) -> list[Piece] | None:
+    """The factors to apply beside or inside the product in this call; none where reading the weight does it all.
+
+    None where a change has a dropout in this call and not all are factors: see ``dropped``.
+    """
     pieces = port.pieces("weight")
-    if not pieces or (port.stored and port.state.active == port.state.merged):
+    if port.stored and port.state.active == port.state.merged:
+        return []
+    adapters = [adapter for _, parts in port.parts("weight") for _, adapter in parts] if pieces is None else []
+    if training and any(adapter.dropout for adapter in adapters):
+        port._record(adapters)
+        return None
+    if not pieces:
         return []
     dropout = training and any(piece.dropout for piece in pieces)
     if port.state.form == "separate" or dropout:
@@ -274,6 +272,8 @@ def _beside(port: Port, training: bool) -> list[Piece]:
 def _linear_forward(host: nn.Linear, x: Tensor) -> Tensor:
     port, training = host.__dict__["_port"], _training(host)
     pieces = _beside(port, training)
+    if pieces is None:
+        return dropped(F.linear, x, port.frozen(host, "weight"), host.bias, port.parts("weight"))
     if not pieces:
         return F.linear(x, host.weight, host.bias)
     weight = port.frozen(host, "weight")
@@ -286,6 +286,8 @@ def _linear_forward(host: nn.Linear, x: Tensor) -> Tensor:
 def _convolution_forward(original: Callable[..., Tensor], host: Any, x: Tensor) -> Tensor:
     port, training = host.__dict__["_port"], _training(host)
     pieces = _beside(port, training)
+    if pieces is None:
+        return dropped(host._conv_forward, x, port.frozen(host, "weight"), host.bias, port.parts("weight"))
     if not pieces:
         return original(host, x)
     y = host._conv_forward(x, port.frozen(host, "weight"), host.bias)

@@ -1,4 +1,4 @@
-"""How a low-rank change of a linear or convolution weight is applied in training: in the weight or beside the product.
+"""How changes of a linear or convolution weight are applied: in the weight or, in training, beside the product.
 
 T tokens, I inputs, O outputs, r rank. Factors lie as ``down`` (r, I) and ``up`` (r, O), rows contiguous, and every
 skinny product has its r side first: measured 2 to 3 times faster than the usual (O, r) layout at small ranks.
@@ -6,7 +6,7 @@ skinny product has its r side first: measured 2 to 3 times faster than the usual
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +74,35 @@ def _add_rows(y: Tensor, change: Tensor, rows: tuple[int, int] | None, axis: int
         return y + change
     left, middle, right = y.tensor_split(rows, dim=axis)
     return torch.cat([left, middle + change, right], dim=axis)
+
+
+def changed(weight: Tensor, parts) -> Tensor:
+    """``weight`` after each active adapter in turn; out of place and differentiable."""
+    for strength, rows in parts:
+        if rows[0][0] is None:
+            for _, adapter in rows:
+                weight = adapter(weight, strength)
+            continue
+        out, at = [], 0
+        for (start, stop), adapter in sorted(rows, key=lambda part: part[0]):
+            out += [weight[at:start], adapter(weight[start:stop], strength)]
+            at = stop
+        weight = torch.cat([*out, weight[at:]])
+    return weight
+
+
+def dropped(product: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, parts) -> Tensor:
+    """The product, and that of what each change in turn adds to ``weight`` with its own dropout of ``x``, in training.
+
+    For changes that are no factors. product: of an input, a weight and a bias.  parts: as of ``changed``.
+    """
+    y = product(x, weight, bias)
+    for strength, rows in parts:
+        for part in rows:
+            new = changed(weight, [(strength, [part])])
+            y = y + product(F.dropout(x, part[1].dropout, part[1].training), new - weight, None)
+            weight = new
+    return y
 
 
 class _LowRankLinear(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shared import weights
 from shared.adapter import WeightAdapter
 from shared.blocks.low_rank import Replacement
+from shared.blocks.magnitude import Decomposed
 from shared.errors import RequestError
 from shared.methods.imported import KINDS, Imported
 
@@ -31,8 +32,10 @@ ENDINGS: dict[str, tuple[str, str]] = {
     **{f".hada_{name}": ("hadamard", name) for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f".lokr_{name}": ("kronecker", name) for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
     ".alpha": ("", "alpha"),
-    ".dora_scale": ("", "magnitude"),
-    **dict.fromkeys((f".lora_magnitude_vector{end}" for end in ("", ".weight", ".default.weight")), ("", "magnitude")),
+    ".dora_scale": ("dora_scale", "magnitude"),
+    **dict.fromkeys(
+        (f".lora_magnitude_vector{end}" for end in ("", ".weight", ".default.weight")), ("vector", "magnitude")
+    ),
 }
 LONGEST_FIRST = sorted(ENDINGS, key=len, reverse=True)
 NEEDED = {
@@ -43,7 +46,10 @@ NEEDED = {
 
 @dataclass
 class Change:
-    """A change of one tensor. tensors: by the names and in the layouts of ``shared.blocks.lycoris``."""
+    """A change of one tensor. tensors: by the names and in the layouts of ``shared.blocks.lycoris``.
+
+    With "magnitude", (rows,) or (1, columns), among them it is one of the direction (``shared.blocks.magnitude``).
+    """
 
     kind: str
     tensors: dict[str, Tensor]
@@ -99,16 +105,14 @@ def grouped(state: Mapping[str, Tensor]) -> tuple[dict[str, Parts], dict[str, Te
 def read_change(name: str, parts: Parts, source: str) -> Change:
     """One module's change; its scale is alpha over rank, 1 where the file holds no alpha or zero.
 
-    Raises RequestError where a tensor is lacking, or the change is decomposed into direction and magnitude (DoRA).
+    Raises RequestError where a tensor is lacking or of no shape that can be told.
     """
-    if "magnitude" in parts:
-        raise RequestError(f"{source}: {name} is decomposed into magnitude and direction (DoRA), which is not read")
-    kinds = {kind for kind, _ in parts.values() if kind}
+    kinds = {kind for ours, (kind, _) in parts.items() if ours not in ("alpha", "magnitude")}
     if len(kinds) != 1:
-        what = " and ".join(sorted(kinds)) or "an alpha alone"
+        what = " and ".join(sorted(kinds)) or ("an alpha alone" if "alpha" in parts else "a magnitude alone")
         raise RequestError(f"{source}: {name} holds {what}: no change of one kind")
     kind = "tucker" if "mid" in parts else kinds.pop()
-    tensors = {ours: tensor.float() for ours, (_, tensor) in parts.items() if ours != "alpha"}
+    tensors = {ours: tensor.float() for ours, (_, tensor) in parts.items() if ours not in ("alpha", "magnitude")}
     if missing := [ours for ours in NEEDED[kind] if ours not in tensors]:
         raise RequestError(f"{source}: {name} lacks {missing[0]} of its {kind.replace('_', '-')} change")
     alpha = 0.0
@@ -120,7 +124,21 @@ def read_change(name: str, parts: Parts, source: str) -> Change:
     change = _laid_out(kind, tensors, f"{source}: {name}")
     whole = kind == "kronecker" and not any(ours.endswith("_b") for ours in tensors)
     change.scale = 1.0 if whole or not alpha else alpha / change.rank
+    if "magnitude" in parts:
+        change.tensors["magnitude"] = _magnitude(*parts["magnitude"], kind == "table", f"{source}: {name}")
     return change
+
+
+def _magnitude(form: str, tensor: Tensor, of_table: bool, where: str) -> Tensor:
+    """(rows,), or (1, columns) where it is that of the columns.
+
+    peft's is of a layer's outputs: the rows of a weight, the columns of a table. lycoris's ``dora_scale`` has the shape
+    of the weight, 1 on all axes but one: the second, (1, columns, ...), with its ``wd_on_output`` off.
+    """
+    if tensor.ndim == 0 or tensor.numel() != max(tensor.shape):
+        raise RequestError(f"{where}: its magnitude (DoRA) is {tuple(tensor.shape)}: no vector")
+    columns = of_table or (form == "dora_scale" and len(tensor) == 1 and tensor.numel() > 1)
+    return tensor.float().reshape((1, -1) if columns else (-1,))
 
 
 def _laid_out(kind: str, tensors: dict[str, Tensor], where: str) -> Change:
@@ -143,7 +161,10 @@ def method_of(changes: Mapping[str, Change]) -> tuple[Imported, dict[str, Tensor
         shapes = {name: list(tensor.shape) for name, tensor in change.tensors.items()}
         trains = sum(math.prod(shape) for shape in shapes.values())
         described[key] = {"kind": change.kind, "scale": change.scale, "shapes": shapes, "trains": trains}
-    state = {f"{key}.{name}": t for key, change in changes.items() for name, t in change.tensors.items()}
+    state: dict[str, Tensor] = {}
+    for key, change in changes.items():
+        inside = "change." if "magnitude" in change.tensors else ""
+        state |= {f"{key}.{'' if name == 'magnitude' else inside}{name}": t for name, t in change.tensors.items()}
     return Imported(changes=described), state
 
 
@@ -176,6 +197,9 @@ def _one(parts: list[tuple[float, Any, Any]], tensor: Tensor, where: str, what: 
     strength, rows, adapter = parts[0]
     kind = next((kind for kind, block in KINDS.items() if type(adapter) is block), "")
     if len(parts) == 1 and rows is None:
+        if type(adapter) is Decomposed and strength == 1:
+            change = _one([(1.0, None, adapter.change)], tensor, where, what)
+            return replace(change, tensors=change.tensors | {"magnitude": adapter.magnitude.detach()})
         if type(adapter) is Replacement and strength == 1:
             return Change("replaced", {"value": adapter.value.detach()})
         if kind not in ("", "low_rank"):

@@ -1,6 +1,7 @@
 """LoRA files of diffusers: ``unet.<path>.lora_A.weight`` with peft's configuration in the header, and older forms.
 
 Older: ``<path>.lora.down.weight`` and attention processors' ``<path>.processor.to_q_lora.down.weight``, of scale 1.
+Magnitudes (DoRA) are read and written as peft's are.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ def read(path: Path, backbone: nn.Module, skip: tuple[str, ...]) -> tuple[Method
     for name, parts in found.items():
         change = read_change(name, parts, str(path))
         part, _, inside = spelled[name].partition(".")
-        if f"{part}.peft_type" in config or f"{part}.r" in config:
-            mine = {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")}
+        mine = {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")}
+        if not mine:
+            mine, inside = config, spelled[name]
+        if "peft_type" in mine or "r" in mine:
             change.scale = peft.scale({"peft_type": "LORA", **mine}, inside, change.rank, str(path))
-        elif "r" in config:
-            change.scale = peft.scale({"peft_type": "LORA", **config}, spelled[name], change.rank, str(path))
+        if mine:
+            peft.check_magnitude(mine, change, f"{path}: {name}")
         changes[site_key(paths[spelled[name]])] = change
     return method_of(changes)
 
@@ -82,6 +85,7 @@ def write(model: Any, prefix: str | None) -> dict[str, bytes]:
     config, tensors = peft.described(model, "", part, "a diffusers LoRA", attention=False)
     if config["bias"] != "none":
         raise RequestError("a diffusers LoRA holds no biases; take them off, or export to peft")
-    kept = {key: config[key] for key in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")}
+    names = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_dora")
+    kept = {key: config[key] for key in names}
     header = json.dumps({f"{part}{key}": value for key, value in kept.items()}, sort_keys=True)
     return {FILE: save(tensors, metadata={"format": "pt", HEADER: header})}

@@ -1,7 +1,8 @@
 """Adapters of kohya's scripts and of LyCORIS: one file of ``lora_unet_<path with _>.<tensor>`` and an alpha for each.
 
-LoRA and LoCon (with a core too), LoHa and LoKr are read and written. Names of the layers as in Stable Diffusion's own
-code (``input_blocks_4_1_...``, as SDXL files have them) are read by diffusers' tables.
+LoRA and LoCon (with a core too), LoHa and LoKr are read and written, with magnitudes (DoRA, ``dora_scale``) of rows or
+columns. Names of the layers as in Stable Diffusion's own code (``input_blocks_4_1_...``, as SDXL files have them) are
+read by diffusers' tables.
 """
 
 from __future__ import annotations
@@ -104,7 +105,11 @@ def write(model: Any, prefix: str | None) -> dict[str, bytes]:
         module = backbone.get_submodule(path)
         if change.kind == "replaced" or isinstance(module, nn.Embedding):
             raise RequestError(f"{path}.{parameter}: {what} holds changes of linear and convolution layers alone")
-        new = written(change, module, TENSORS[change.kind], lambda end, stem=stem: f"{stem}.{end}", what)
+        names = TENSORS[change.kind] | {"magnitude": "dora_scale"}
+        new = written(change, module, names, lambda end, stem=stem: f"{stem}.{end}", what)
+        if (magnitude := new.get(f"{stem}.dora_scale")) is not None:
+            ones = (1,) * (module._parameters[parameter].ndim - magnitude.ndim)
+            new[f"{stem}.dora_scale"] = magnitude.reshape(*magnitude.shape, *ones)
         new[f"{stem}.alpha"] = torch.tensor(_alpha(change))
         if repeated := new.keys() & tensors.keys():
             raise RequestError(f"{path}: another layer's name gives {min(repeated)} too")

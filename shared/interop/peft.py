@@ -1,9 +1,9 @@
 """Adapters of Hugging Face's peft: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 LoRA is read and written, with a rank and an alpha for each layer (``rank_pattern``, ``alpha_pattern``), rank-stabilised
-scales (``use_rslora``) and trained biases; LoHa and LoKr are read. A change of an attention's output projection
-(``nn.MultiheadAttention``) counts once, as the file says; peft 0.21.2
-adds it twice in each call (its pull request 3774).
+scales (``use_rslora``), magnitudes (DoRA, ``use_dora``) and trained biases; LoHa and LoKr are read. A change of an
+attention's output projection (``nn.MultiheadAttention``) counts once, as the file says; peft 0.21.2 adds it twice in
+each call (its pull request 3774).
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_
 TYPES = {"LORA": "low_rank", "LOHA": "hadamard", "LOKR": "kronecker"}
 # Settings with which a file's tensors mean something else than a low-rank change of the layer they name.
 REFUSED = (
-    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication",
+    "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication",
     "target_parameters", "trainable_token_indices", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the frozen weights as well
-PREFIX = "base_model.model."
+PREFIX, MAGNITUDE = "base_model.model.", "lora_magnitude_vector"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -81,6 +81,7 @@ def read(folder: Path, backbone: nn.Module, skip: tuple[str, ...]) -> tuple[Meth
         if change.kind != TYPES[config["peft_type"]]:
             raise RequestError(f"{file}: {name} is a {change.kind} change in a {config['peft_type']} adapter")
         change.scale = scale(config, _plain(name).removeprefix(PREFIX), change.rank, str(file))
+        check_magnitude(config, change, f"{file}: {name}")
         attention = isinstance(module, nn.MultiheadAttention)
         changes[site_key(path, "in_proj_weight" if attention else "weight")] = change
         if getattr(module, "groups", 1) != 1:
@@ -112,6 +113,14 @@ def _check(config: Mapping[str, Any], where: str) -> None:
             f"{where}: init_lora_weights {start!r} changed the frozen weights too; save it as plain LoRA with peft's "
             "path_initial_model_for_weight_conversion"
         )
+
+
+def check_magnitude(config: Mapping[str, Any], change: Change, where: str) -> None:
+    """Raises RequestError where the settings and the file differ on whether a change is decomposed (DoRA)."""
+    has = "magnitude" in change.tensors
+    if has != bool(config.get("use_dora")):
+        said = f"use_dora is {config.get('use_dora')!r} in its settings"
+        raise RequestError(f"{where} {'has a' if has else 'lacks its'} magnitude (DoRA), but {said}")
 
 
 def scale(config: Mapping[str, Any], module: str, rank: int, source: str) -> float:
@@ -159,6 +168,9 @@ def described(
     changes = {path: c for (path, _), c in found.items() if c.kind != "replaced"}
     if odd := [k for k, c in found.items() if c.kind == "replaced" and (k[1] != "bias" or k[0] not in changes)]:
         raise RequestError(f"{odd[0][0]}.{odd[0][1]} is replaced, which {what} holds of a changed layer's bias alone")
+    if len({"magnitude" in change.tensors for change in changes.values()}) == 2:
+        bare = next(path for path, change in changes.items() if "magnitude" not in change.tensors)
+        raise RequestError(f"{bare} has no magnitude (DoRA), others have; {what} holds one for all layers or none")
     if attention:
         _attentions(changes, backbone)
     ours = n.holder(backbone)
@@ -168,10 +180,14 @@ def described(
         module = backbone.get_submodule(path)
         if getattr(module, "groups", 1) != 1:
             raise RequestError(f"{path} is a grouped convolution, whose change {what} cannot hold")
-        names = {"down": "lora_A.weight", "up": "lora_B.weight"}
+        names = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": MAGNITUDE}
+        if "magnitude" in change.tensors:
+            change.tensors["magnitude"] = _magnitude(change.tensors["magnitude"], module, path, what)
         if isinstance(module, nn.Embedding) and change.kind == "low_rank":
-            pair = {"lora_embedding_A": change.tensors["up"], "lora_embedding_B": change.tensors["down"].t()}
-            tensors |= {f"{start}{spelled[path]}.{name}": t.contiguous() for name, t in pair.items()}
+            table = {"lora_embedding_A": change.tensors["up"], "lora_embedding_B": change.tensors["down"].t()}
+            if "magnitude" in change.tensors:
+                table[MAGNITUDE] = change.tensors["magnitude"]
+            tensors |= {f"{start}{spelled[path]}.{name}": t.contiguous() for name, t in table.items()}
             continue
         stem = spelled[path]
         if attention and isinstance(backbone.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention):
@@ -179,6 +195,14 @@ def described(
         tensors |= written(change, module, names, lambda end, stem=stem: f"{start}{stem}.{end}", what)
     tensors |= {f"{start}{spelled[path]}.base_layer.bias": c.tensors["value"] for path, c in biases.items()}
     return _config(model, changes, spelled, prefix, bool(biases)), tensors
+
+
+def _magnitude(magnitude: Tensor, module: nn.Module, path: str, what: str) -> Tensor:
+    """As peft holds it: of the layer's outputs, which are the columns of a table."""
+    if (magnitude.ndim == 2) != isinstance(module, nn.Embedding):
+        raise RequestError(f"{path}: {what} holds magnitudes (DoRA) of a layer's outputs, these are of its inputs")
+    kernel = getattr(module, "kernel_size", ())
+    return magnitude.reshape((1, -1, *(1 for _ in kernel)) if kernel else (-1,))
 
 
 def _attentions(changes: dict[str, Change], backbone: nn.Module) -> None:
@@ -189,6 +213,8 @@ def _attentions(changes: dict[str, Change], backbone: nn.Module) -> None:
             continue
         if module.in_proj_weight is None:
             raise RequestError(f"{path}: peft holds no separate query, key and value weights of its attention")
+        if any("magnitude" in changes[p].tensors for p in pair if p in changes):
+            raise RequestError(f"{path}: peft holds no magnitudes (DoRA) of nn.MultiheadAttention")
         rank = max(changes[p].rank for p in pair if p in changes)
         both = {changes[p].scale for p in pair if p in changes}
         scale = both.pop() if len(both) == 1 else 1.0
@@ -211,7 +237,8 @@ def _config(
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM" if prefix and getattr(model.backbone, "causal", False) else None,
         "base_model_name_or_path": name if "/" in name else None, "inference_mode": True,
-        "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False,
+        "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "use_rslora": False,
+        "use_dora": any("magnitude" in change.tensors for change in changes.values()),
         "bias": "lora_only" if biases else "none", "fan_in_fan_out": False, "init_lora_weights": True,
         "target_modules": _targets(model.backbone, changes, targets),
         "rank_pattern": {key: c.rank for key, c in others.items() if c.rank != rank},

@@ -12,6 +12,7 @@ from torch import nn
 from shared.adapter import WeightAdapter
 from shared.blocks.low_rank import Replacement
 from shared.blocks.lycoris import AnyRank, Hadamard, Kronecker, Tucker
+from shared.blocks.magnitude import Decomposed
 from shared.errors import RequestError
 from shared.linear import CONVOLUTIONS
 from shared.method import Method
@@ -24,13 +25,15 @@ LAYERS = (nn.Linear, nn.Embedding, nn.MultiheadAttention, *CONVOLUTIONS)  # weig
 
 @dataclass(frozen=True, kw_only=True)
 class Imported(Method):
-    """Changes of single weights as another library's file holds them, zero until it fills them.
+    """Changes of single weights as another library's file holds them, the identity until it fills them.
 
     ``shared.interop.import_adapter`` makes this method from a file and fills its adapters.
 
     changes: by site key (the path of the module with "/" for ".", and ":<parameter>" where that is no weight) a
     mapping of ``kind`` ("low_rank", "tucker", "hadamard", "kronecker": see ``shared.blocks.lycoris``; "replaced": the
-    tensor itself), ``scale``, ``shapes`` of its tensors by name, and ``trains``, the number of their values.
+    tensor itself), ``scale``, ``shapes`` of its tensors by name, and ``trains``, the number of their values. With a
+    "magnitude" among the shapes, (rows,) or (1, columns), the change is of the direction (DoRA), and the norm takes no
+    gradient.
     """
 
     record: ClassVar[Record] = Record(
@@ -64,10 +67,20 @@ class Imported(Method):
             names = ", ".join(layer.__name__ for layer in LAYERS)
             raise RequestError(f"change of {site.key}: a {type(site.module).__name__}; can be of {names}")
         try:
-            return KINDS[change["kind"]](tuple(site.weight.shape), change["shapes"], change["scale"], site.key)
+            shapes = dict(change["shapes"])
+            magnitude = shapes.pop("magnitude", None)
+            adapter = KINDS[change["kind"]](tuple(site.weight.shape), shapes, change["scale"], site.key)
+            return adapter if magnitude is None else _decomposed(site, adapter, tuple(magnitude))
         except (LookupError, TypeError) as error:
             named = ", ".join(f"{name} {size}" for name, size in change["shapes"].items())
             raise RequestError(f"change of {site.key}: {named} is no {change['kind']} change with a scale") from error
+
+
+def _decomposed(site: Site, change: WeightAdapter, magnitude: tuple[int, ...]) -> Decomposed:
+    adapter = Decomposed(site.weight, change, columns=len(magnitude) == 2)
+    if magnitude != (wanted := tuple(adapter.magnitude.shape)):
+        raise RequestError(f"change of {site.key}: its magnitude is {magnitude}, wanted {wanted}")
+    return adapter
 
 
 def site_of(sites: Sites, key: str) -> Site:

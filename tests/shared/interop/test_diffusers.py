@@ -13,7 +13,7 @@ from modalities.diffusion.backbones.unet import DiffusersUNet
 from shared.adapted import Adapted, adapt
 from shared.errors import RequestError
 from shared.interop import export_adapter, import_adapter
-from shared.methods import LoRA
+from shared.methods import DoRA, LoRA
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 FILE = "pytorch_lora_weights.safetensors"
@@ -98,6 +98,24 @@ def test_kohyas_names_in_diffusers(tmp_path):
     assert torch.equal(out(back, back.backbone), out(model, model.backbone))
 
 
+def test_magnitudes_go_there_and_back(tmp_path):
+    """Through diffusers' own loader, and as an older file without settings."""
+    model = perturbed(adapt(unet(), DoRA(rank=2, alpha=3, roles=("attention.query", "conv"))))
+    export_adapter(model, tmp_path, format="diffusers")
+    backbone = loaded(tmp_path)
+    assert torch.allclose(out(backbone, backbone), out(model, model.backbone), atol=2e-5)
+    back, older = Adapted(unet()), Adapted(unet())
+    import_adapter(back, tmp_path)
+    assert torch.equal(out(back, back.backbone), out(model, model.backbone))
+    state = load_file(tmp_path / FILE)
+    assert any(name.endswith("lora_magnitude_vector") for name in state)
+    save_file(state, tmp_path / "b.safetensors")
+    import_adapter(older, tmp_path / "b.safetensors")
+    assert [change["shapes"] for change in older.methods["default"].changes.values()] == [
+        change["shapes"] for change in back.methods["default"].changes.values()
+    ]
+
+
 FORMS = {
     "peft": "unet.{path}.to_q.lora_{A|B}.weight unet.{path}.to_out.0.lora_{A|B}.weight",
     "old": "unet.{path}.to_q.lora.{down|up}.weight unet.{path}.to_out.0.lora.{down|up}.weight",
@@ -143,7 +161,11 @@ def test_what_does_not_fit(tmp_path):
     refused(state | {"unet.conv_in.weight": torch.ones(1)}, "of no kind read here: unet.conv_in.weight")
     refused(state, "no mapping", metadata={"lora_adapter_metadata": "[1]"})
     refused(state, "not JSON", metadata={"lora_adapter_metadata": "{"})
-    refused(state, "use_dora", metadata={"lora_adapter_metadata": json.dumps({"unet.use_dora": True})})
+    refused(
+        state,
+        "lacks its magnitude .DoRA., but use_dora is True",
+        metadata={"lora_adapter_metadata": json.dumps({"unet.use_dora": True})},
+    )
     other = Adapted(DiffusersUNet(config={"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4,
         "down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D"),
         "cross_attention_dim": 32, "attention_head_dim": 2}).eval())  # fmt: skip

@@ -46,6 +46,11 @@ MODULES = {
     "lokr_whole": (LokrModule, {"lora_dim": 50, "alpha": 2, "full_matrix": True}),
     "lokr_factor": (LokrModule, {"lora_dim": 1, "alpha": 2, "factor": 2}),
     "lokr_core": (LokrModule, {"lora_dim": 1, "alpha": 2, "use_tucker": True, "factor": 2}),
+    "dora": (LoConModule, {"lora_dim": 3, "alpha": 2, "weight_decompose": True}),
+    "dora_columns": (LoConModule, {"lora_dim": 3, "alpha": 2, "weight_decompose": True, "wd_on_out": False}),
+    "dora_core": (LoConModule, {"lora_dim": 3, "alpha": 2, "weight_decompose": True, "use_tucker": True}),
+    "dora_loha": (LohaModule, {"lora_dim": 3, "alpha": 2, "weight_decompose": True}),
+    "dora_lokr_columns": (LokrModule, {"lora_dim": 1, "alpha": 2, "weight_decompose": True, "wd_on_out": False}),
     "lokr_both": (LokrModule, {"lora_dim": 1, "alpha": 3, "decompose_both": True, "factor": 4}),
 }
 
@@ -196,7 +201,12 @@ def perturbed(model: Adapted) -> Adapted:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.update({"lora_unet_conv_in.dora_scale": torch.ones(12, 1, 1, 1)}), "conv_in is decomposed.*DoRA"),
+        (
+            lambda s: s.update({"lora_unet_conv_in.dora_scale": torch.ones(11, 1, 1, 1)}),
+            "magnitude is .11,., wanted .12,",
+        ),
+        (lambda s: s.update({"lora_unet_conv_in.dora_scale": torch.ones(1, 5, 1, 1)}), "is .1, 5., wanted .1, 4."),
+        (lambda s: s.update({"lora_unet_conv_in.dora_scale": torch.ones(12, 1, 3, 3)}), "no vector"),
         (lambda s: s.update({"lora_unet_conv_in.diff": torch.ones(12, 4, 3, 3)}), "of no kind read here: .*diff"),
         (lambda s: s.update({"lora_unet_conv_in.oft_blocks": torch.ones(3)}), "of no kind read here: .*oft_blocks"),
         (lambda s: s.pop("lora_unet_conv_in.lora_up.weight"), "conv_in lacks up"),
@@ -238,7 +248,7 @@ def test_a_kronecker_product_that_does_not_fit(tmp_path):
 def test_a_file_with_any_byte_changed_is_read_or_refused_in_one_line(data):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.safetensors"
-        save_file(theirs(data.draw(st.sampled_from(["locon_core", "loha", "lokr"])))[0], path)
+        save_file(theirs(data.draw(st.sampled_from(["locon_core", "loha", "lokr", "dora_columns"])))[0], path)
         whole = bytearray(path.read_bytes())
         header = 8 + int.from_bytes(whole[:8], "little")
         whole[data.draw(st.integers(0, header + 40))] ^= data.draw(st.integers(1, 255))

@@ -19,7 +19,7 @@ from shared.adapted import Adapted, adapt
 from shared.errors import RequestError
 from shared.interop import export_adapter, import_adapter
 from shared.interop.changes import Change, alpha_of
-from shared.methods import Imported, LoRA
+from shared.methods import DoRA, Imported, LoRA
 from tests.shared.hosts import HOSTS
 
 # peft asks transformers by a name it is to lose; it tells what it does with tables, and that changes stay unmerged.
@@ -100,6 +100,7 @@ CONFIGS = {
     "biases": {"bias": "lora_only"},
     "all_biases": {"bias": "all"},
     "dropout": {"lora_dropout": 0.3},
+    "dora": {"use_dora": True, "use_rslora": True, "bias": "lora_only"},
 }
 PATTERNS = {
     "llama": {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"layers.1.self_attn.v_proj": 3, "v_proj": 9}},
@@ -143,13 +144,14 @@ def test_scales_are_those_of_peft(tmp_path):
     [
         peft.LoraConfig(r=3, lora_alpha=4, target_modules=["table", "body.0", "body.2", "attention", "out"]),
         peft.LoraConfig(r=20, lora_alpha=4, target_modules=["body.2", "out"]),
+        peft.LoraConfig(r=3, lora_alpha=4, target_modules=["table", "body.0", "body.2", "out"], use_dora=True),
         peft.LoHaConfig(r=3, alpha=4, target_modules=["body.0", "body.2", "out"]),
         peft.LoHaConfig(r=3, alpha=4, target_modules=["body.0", "out"], use_effective_conv2d=True),
         peft.LoKrConfig(r=2, alpha=5, target_modules=["body.0", "body.2", "out"]),
         peft.LoKrConfig(r=1, alpha=5, target_modules=["body.0", "out"], decompose_both=True, use_effective_conv2d=True),
         peft.LoKrConfig(r=2, alpha=5, target_modules=["out"], rank_pattern={"out": 1}, alpha_pattern={"out": 3}),
     ],
-    ids=["every_layer", "rank_above_the_sides", "loha", "loha_core", "lokr", "lokr_core", "lokr_patterns"],
+    ids=["every_layer", "rank_above_the_sides", "dora", "loha", "loha_core", "lokr", "lokr_core", "lokr_patterns"],
 )  # fmt: skip
 def test_layers_of_every_kind_and_lycoris_in_peft(config, tmp_path):
     theirs = once(saved(small(), config, tmp_path))
@@ -157,6 +159,49 @@ def test_layers_of_every_kind_and_lycoris_in_peft(config, tmp_path):
     import_adapter(model, tmp_path, example=(WORDS,))
     assert not close(states(model, WORDS), states(small(), WORDS))
     assert close(states(model, WORDS), states(theirs, WORDS))
+
+
+@pytest.mark.parametrize("family", ["llama", "small"])
+def test_magnitudes_go_there_and_back_bit_for_bit(family, tmp_path):
+    """Of linear layers, convolutions and a table; through a file of ours too."""
+    fresh, tokens = (small, WORDS) if family == "small" else (lambda: text("llama")[0], TOKENS)
+    targets = ["table", "body.0", "body.2", "out"] if family == "small" else ["q_proj", "down_proj"]
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, use_dora=True)
+    library = fresh() if family == "small" else text("llama")[1]
+    theirs = saved(library, config, tmp_path / "a")
+    model, again = Adapted(fresh()), Adapted(fresh())
+    import_adapter(model, tmp_path / "a", example=(tokens,))
+    export_adapter(model, tmp_path / "b", format="peft")
+    a, b = (load_file(tmp_path / x / "adapter_model.safetensors") for x in "ab")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    loaded = peft.PeftModel.from_pretrained(fresh() if family == "small" else text("llama")[1], tmp_path / "b").eval()
+    assert torch.equal(states(loaded, tokens), states(theirs, tokens))
+    model.save(tmp_path / "ours.safetensors")
+    import_adapter(again, tmp_path / "ours.safetensors", example=(tokens,))
+    assert torch.equal(states(again, tokens), states(model, tokens))
+    bare = states(fresh(), tokens)
+    again.merge()
+    assert torch.equal(states(again, tokens), states(model, tokens))
+    again.unmerge()
+    again.remove()
+    assert torch.equal(states(again.backbone, tokens), bare)
+
+
+def test_our_dora_computes_the_same_in_peft(tmp_path):
+    backbone, theirs = text("llama")
+    model = perturbed(adapt(backbone, DoRA(rank=2, alpha=3, dropout=0.1)))
+    export_adapter(model, tmp_path, format="peft")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["use_dora"] is True
+    assert close(states(peft.PeftModel.from_pretrained(theirs, tmp_path).eval()), states(model))
+    model.add(LoRA(rank=2, roles="attention.output"), name="other")
+    model.activate("default", "other")
+    with pytest.raises(RequestError, match="o_proj has no magnitude .DoRA., others have"):
+        export_adapter(model, tmp_path / "x", format="peft")
+    model.activate("default", strength=0.5)
+    with pytest.raises(RequestError, match="Decomposed at .* is no low-rank change"):
+        export_adapter(model, tmp_path / "x", format="peft")
+    assert not (tmp_path / "x").exists()
 
 
 def perturbed(model: Adapted) -> Adapted:

@@ -108,7 +108,7 @@ FIRST = "base_model.model.layers.0.self_attn.q_proj.lora_"
         (lambda s: s.update({FIRST + "B.weight": torch.ones(16, 4)}), "up .4, 16.* do not make its matrix"),
         (lambda s: s.update({FIRST + "B.weight": torch.full((16, 3), torch.nan)}), "not finite"),
         (lambda s: s.update({"base_model.model.score.weight": torch.ones(2, 16)}), "score.weight"),
-        (lambda s: s.update({FIRST + "magnitude_vector": torch.ones(16)}), "DoRA"),
+        (lambda s: s.update({FIRST + "magnitude_vector": torch.ones(16)}), "has a magnitude .DoRA., but use_dora is F"),
         (lambda s: [s.pop(n) for n in list(s)] and s.update(x=torch.ones(1)), "none of them of a LORA adapter"),
         (lambda s: s.update({n.replace("layers", "blocks"): s.pop(n) for n in list(s)}), "0 of its 4 modules fit"),
         (lambda s: s.update({"base_model.model.q_proj" + n[-14:]: s.pop(n) for n in list(s)}), "names 2 mod"),
@@ -118,6 +118,30 @@ FIRST = "base_model.model.layers.0.self_attn.q_proj.lora_"
 def test_tensors_that_do_not_fit(folder, change, message):
     rewritten(folder, change)
     refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    ("magnitude", "message"),
+    [
+        (None, "q_proj lacks its magnitude .DoRA., but use_dora is True"),
+        (torch.ones(15), "q_proj: its magnitude is .15,., wanted .16,."),
+        (torch.ones(4, 4), "q_proj: its magnitude .DoRA. is .4, 4.: no vector"),
+        (torch.tensor(1.0), "no vector"),
+        (torch.ones(0), "its magnitude is .0,."),
+        (torch.full((16,), torch.nan), "not finite"),
+    ],
+)
+def test_magnitudes_that_do_not_fit(tmp_path, magnitude, message):
+    saved(text("llama")[1], peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"], use_dora=True), tmp_path)
+    name = FIRST + "magnitude_vector"
+    rewritten(tmp_path, lambda s: s.pop(name) if magnitude is None else s.update({name: magnitude}))
+    refused(tmp_path, message)
+
+
+def test_a_magnitude_alone(tmp_path):
+    saved(text("llama")[1], peft.LoraConfig(r=3, target_modules=["q_proj"], use_dora=True), tmp_path)
+    rewritten(tmp_path, lambda s: [s.pop(n) for n in list(s) if n.startswith(FIRST) and "magnitude" not in n])
+    refused(tmp_path, "q_proj holds a magnitude alone: no change of one kind")
 
 
 def test_files_that_are_damaged_or_absent(folder):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from shared.adapted import adapt
 from shared.errors import RequestError
-from shared.methods import DoRA
-from shared.sites import describe
+from shared.methods import DoRA, LoRA
+from shared.sites import Site, Sites, describe
 
 X = torch.linspace(-1, 1, 2 * 3 * 6).reshape(2, 3, 6)
 
@@ -136,3 +136,101 @@ def test_counts_as_published():
 def test_impossible_ranks_are_one_clear_line(rank):
     with pytest.raises(RequestError, match=f"rank {rank} at model: its matrix is 4 x 6, so use 1 to 4"):
         one(rank=rank)
+
+
+# -- dropout -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_dropout_sees_all_that_is_added_to_the_frozen_product(kind):
+    layer, x = (nn.Linear(6, 4), X) if kind == "linear" else (nn.Conv2d(3, 5, 3), torch.randn(2, 3, 6, 5))
+    layer, model, adapter = one(layer, roles=kind, dropout=0.5)
+    raw, bias = layer._parameters["weight"], layer._parameters["bias"]
+    product = torch.nn.functional.linear if kind == "linear" else torch.nn.functional.conv2d
+    torch.manual_seed(1)
+    ours = model.train()(x)
+    torch.manual_seed(1)
+    mask = 2 * torch.empty_like(x).bernoulli_(0.5)
+    assert 0 < int((mask == 0).sum()) < mask.numel()
+    theirs = product(x, raw, bias) + product(x * mask, adapter(raw) - raw)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    parameters = list(adapter.parameters())
+    expected = torch.autograd.grad(theirs.square().sum(), parameters)
+    found = torch.autograd.grad(ours.square().sum(), parameters)
+    assert len(found) == 3
+    for mine, other in zip(found, expected, strict=True):
+        assert float(mine.abs().max()) > 0
+        assert torch.allclose(mine, other, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), product(x, layer.weight, bias))
+
+
+def test_the_published_layer_of_peft_with_the_same_mask():
+    import peft
+
+    layer, model, adapter = one(dropout=0.5)
+    plain = nn.Linear(6, 4)
+    plain.load_state_dict({name: p.detach() for name, p in layer._parameters.items()})
+    config = peft.LoraConfig(r=2, lora_alpha=3, lora_dropout=0.5, use_dora=True, target_modules=["0"])
+    theirs = peft.get_peft_model(nn.Sequential(plain), config)  # type: ignore[arg-type]
+    state = {"lora_A.weight": adapter.change.down, "lora_B.weight": adapter.change.up.T}
+    state["lora_magnitude_vector"] = adapter.magnitude
+    peft.set_peft_model_state_dict(theirs, {f"base_model.model.0.{name}": t.detach() for name, t in state.items()})
+    for mode in (True, False):
+        outputs = []
+        for layers in (model, theirs):
+            torch.manual_seed(1)
+            outputs.append(layers.train(mode)(X))
+        assert torch.allclose(outputs[0], outputs[1], atol=1e-5)
+        outputs[0].square().sum().backward()
+        outputs[1].square().sum().backward()
+    found = {name.split("lora_")[1]: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    assert torch.allclose(adapter.change.down.grad, found["A.default.weight"], rtol=1e-4, atol=1e-4)
+    assert torch.allclose(adapter.change.up.grad.T, found["B.default.weight"], rtol=1e-4, atol=1e-4)
+    assert torch.allclose(adapter.magnitude.grad, found["magnitude_vector.default.weight"], rtol=1e-4, atol=1e-4)
+
+
+def test_each_of_several_adapters_has_its_own_dropout():
+    """LoRA's too, which alone would act beside the product."""
+    layer, model, adapter = one(dropout=0.5)
+    model.add(LoRA(rank=2, roles="linear", dropout=0.25), name="lora")
+    (lora,) = model.bank["lora"].values()
+    nn.init.normal_(lora.up)
+    model.activate("default", "lora", strength={"default": 0.5})
+    raw, bias = layer._parameters["weight"], layer._parameters["bias"]
+    torch.manual_seed(1)
+    ours = model.train()(X)
+    torch.manual_seed(1)
+    first, second = (torch.nn.functional.dropout(X, p) for p in (0.5, 0.25))
+    theirs = X @ raw.T + bias + first @ (adapter(raw, 0.5) - raw).T + second @ (lora.up.T @ lora.down).T
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_dropout_of_rows_of_a_fused_projection():
+    """Query and value of one weight: each with a mask of its own, keys as frozen."""
+    layer = nn.Linear(6, 12)
+    rows = {"attention.query": (0, 4), "attention.value": (8, 12)}
+    parts = [Site(role, 0, "", layer, "weight", rows=at, layout="BNC", width=6) for role, at in rows.items()]
+    model: Any = adapt(layer, DoRA(rank=2, dropout=0.5, roles=tuple(rows)), sites=Sites(parts, "fused"))
+    bare = layer._parameters["weight"]
+    assert torch.equal(model.train()(X), X @ bare.T + layer.bias)
+    for adapter in model.bank["default"].values():
+        nn.init.normal_(adapter.change.up)
+    query, value = model.bank["default"].values()
+    torch.manual_seed(1)
+    ours = model(X)
+    torch.manual_seed(1)
+    theirs = torch.nn.functional.linear(X, bare, layer.bias).tensor_split((4, 8), -1)
+    masked = [torch.nn.functional.dropout(X, 0.5) for _ in range(2)]
+    assert torch.allclose(ours[..., :4], theirs[0] + masked[0] @ (query(bare[:4]) - bare[:4]).T, atol=1e-5)
+    assert torch.equal(ours[..., 4:8], theirs[1])
+    assert torch.allclose(ours[..., 8:], theirs[2] + masked[1] @ (value(bare[8:]) - bare[8:]).T, atol=1e-5)
+
+
+def test_dropout_where_the_weight_is_read_without_a_call_is_one_clear_line():
+    attention = nn.MultiheadAttention(8, 2)
+    with pytest.raises(RequestError, match="dropout 0.1 cannot act on in_proj_weight of MultiheadAttention") as error:
+        adapt(attention, DoRA(rank=2, dropout=0.1, roles="attention.query"), sites=describe(attention))
+    assert "\n" not in str(error.value)
+    with pytest.raises(RequestError, match="DoRA dropout 1.0: use a probability"):
+        DoRA(dropout=1.0)
