@@ -201,7 +201,7 @@ def _latency(one: Planned, output: Path, data: Any) -> dict[str, dict[str, float
     task.to(device())
     batch = next(iter(data.test()))
     batch = {key: value.to(task.device) if hasattr(value, "to") else value for key, value in batch.items()}
-    found = {"one": latency(task, first(batch)), "batch": latency(task, batch, rounds=3, calls=2)}
+    found = {"one": latency(task, first(batch), rounds=8), "batch": latency(task, batch, rounds=4)}
     write_atomically(file, json.dumps(found, indent=1).encode())
     return found
 

@@ -10,9 +10,12 @@ from shared.latency import FORMS
 if TYPE_CHECKING:
     from shared.compare import Row
 
-NOISE = 1.05  # a ratio of two medians on a busy machine that says nothing yet
+NOISE = 1.05  # a ratio that on a busy machine says nothing yet
 REFERENCE = "Full"
-NOTE = "The forms take turns. Folded is what inference does by itself; merged is written into the weights."
+NOTE = (
+    "The fastest of several calls; the forms take turns. Folded is what inference does by itself; merged is written "
+    "into the weights."
+)
 
 
 def latencies(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
@@ -54,12 +57,8 @@ def _verdict(row: Row, full: Row, score: str, smaller: bool) -> str:
             costs.append(text.format(ratio))
         elif ratio < 1 / NOISE:
             gains.append(text.format(ratio))
-    parts = [", ".join(gains)] * bool(gains) + [f"does not pay in that it {_joined(costs)}"] * bool(costs)
+    parts = [", ".join(gains)] * bool(gains) + [f"against it: {', '.join(costs)}"] * bool(costs)
     return f"{row.method}: " + ("; ".join(parts) or "costs what full fine-tuning costs")
-
-
-def _joined(costs: list[str]) -> str:
-    return ", ".join(f"is {cost}" if cost.startswith("worse") else cost for cost in costs)
 
 
 def _cheapest(row: Row) -> float:

@@ -28,7 +28,7 @@ def test_a_cheap_adapter_is_said_to_pay():
 def test_a_slow_one_is_said_not_to():
     slow = row("Slow", 0.60, 300.0, 0.030)
     assert verdicts([FULL, slow], "accuracy") == [
-        "Slow: does not pay in that it is worse (0.600, full 0.700), trains in 3.00 of the time, "
+        "Slow: against it: worse (0.600, full 0.700), trains in 3.00 of the time, "
         "inference takes 3.00 of the bare model's time"
     ]
 
@@ -36,7 +36,7 @@ def test_a_slow_one_is_said_not_to():
 def test_what_is_within_the_spread_is_no_difference_and_a_loss_is_better_when_small():
     assert "as good within the spread (0.715" in verdicts([row("A", 0.715, 100, 0.01), FULL], "accuracy")[0]
     assert "better (0.600" in verdicts([row("A", 0.6, 100, 0.01), FULL], "accuracy", smaller=True)[0]
-    assert "is worse (0.800" in verdicts([row("A", 0.8, 100, 0.01), FULL], "accuracy", smaller=True)[0]
+    assert "against it: worse (0.800" in verdicts([row("A", 0.8, 100, 0.01), FULL], "accuracy", smaller=True)[0]
 
 
 def test_merging_counts_where_it_can_be_done():
