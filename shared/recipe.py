@@ -80,11 +80,12 @@ class Recipe:
         """The same recipe with other settings, checked again; the rule for a changed ``type`` holds here too."""
         return check(merge(self.tree, sections), self.name, self.source)
 
-    def text(self) -> str:
-        """The resolved recipe as YAML: running it repeats the run."""
+    def text(self, *, variants: bool = False) -> str:
+        """The resolved recipe as YAML: running it repeats the run; with ``variants``, comparing it the comparison."""
         import yaml
 
-        return yaml.safe_dump(self.tree, sort_keys=False, allow_unicode=True)
+        tree = self.tree | ({"compare": self.variants} if variants and self.variants else {})
+        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def load(name: str, overrides: Iterable[str] = (), *, tiny: bool = False, files: bool = True) -> Recipe:

@@ -64,7 +64,7 @@ def write_compare_page(folder: Path, recipe: Recipe, rows: Sequence[Row], found:
         ),
         page.section("Cost, predicted / measured", page.table(*plans), page.lead(COST)) if plans else "",
         page.section("Runs", page.links(runs)),
-        page.section("Recipe", page.code(recipe.text())),
+        page.section("Recipe", page.code(recipe.text(variants=True))),
         page.section("Versions", page.table(("", ""), first["versions"].items(), numbers=2)),
     )
     path = folder / "report.html"

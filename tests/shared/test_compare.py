@@ -99,6 +99,9 @@ def test_the_ways_of_the_recipe_s_own_section_are_the_default(small, tmp_path, c
     own = recipe.load(str(path))
     assert own.variants == ways
     assert "compare" not in own.tree
+    assert "compare" not in own.text()
+    (tmp_path / "again.yaml").write_text(own.text(variants=True))
+    assert recipe.load(str(tmp_path / "again.yaml")).variants == ways
     planned = compare._plan(own, [], [0, 1], None)
     assert [one.place for one in planned] == [f"{way}/seed_{n}" for way in ways for n in (0, 1)]
     assert planned[0].recipe.tree["method"] == {"type": "LoRA", "rank": 4}
