@@ -50,13 +50,14 @@ def _verdict(row: Row, full: Row, score: str, smaller: bool) -> str:
         "trains in {:.2f} of the time": row.train_seconds / full.train_seconds,
         "peaks at {:.2f} of the memory": row.peak_bytes / full.peak_bytes,
         "its file is {:.3f} of the size": row.file_bytes / full.file_bytes,
-        "inference takes {:.2f} of the bare model's time": _cheapest(row),
     }
     for text, ratio in ratios.items():
         if ratio > NOISE:
             costs.append(text.format(ratio))
         elif ratio < 1 / NOISE:
             gains.append(text.format(ratio))
+    if (share := _cheapest(row)) > NOISE:  # below 1 there is only noise
+        costs.append(f"inference takes {share:.2f} of the bare model's time")
     parts = [", ".join(gains)] * bool(gains) + [f"against it: {', '.join(costs)}"] * bool(costs)
     return f"{row.method}: " + ("; ".join(parts) or "costs what full fine-tuning costs")
 
