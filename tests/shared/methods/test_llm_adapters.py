@@ -185,3 +185,48 @@ def test_published_counts_on_llama_7b(method, count):
     with torch.device("meta"):
         backbone = TransformersText(name="huggyllama/llama-7b", weights="random")
         assert adapt(backbone, method).count()["trainable"] == count
+
+
+# -- the ranking -------------------------------------------------------------------------------------------------------
+
+LINEAR = ("attention.query", "attention.key", "attention.value", "mlp.up", "mlp.down")
+# The published placements, narrower; learning rates ten times the published ones but for the prefix's, which is high.
+PLACED = {
+    "LoRA": (LoRA(rank=8, alpha=16, roles=LINEAR), 3e-3),
+    "parallel": (ParallelAdapter(width=16, roles=("mlp.up", "mlp.down")), 3e-3),
+    "series": (SeriesAdapter(width=16, roles=("mlp.up", "mlp.gate")), 3e-3),
+    "prefix": (Prefix(count=10), 3e-2),
+}
+
+
+def sum_of_two_digits(method, learning_rate: float, seed: int) -> tuple[float, float]:
+    """Loss and accuracy on sums modulo 5 that a small random LLaMA is adapted to in 150 steps."""
+    from tests.shared.methods.test_prefix import text
+
+    torch.manual_seed(seed)
+    adapted, head = adapt(text("llama"), method), nn.Linear(32, 5)
+    random = torch.Generator().manual_seed(seed)
+
+    def batch(count: int):
+        digits = torch.randint(1, 6, (count, 2), generator=random)
+        return torch.cat([digits, torch.full((count, 1), 9)], 1), digits.sum(1) % 5
+
+    optimiser = torch.optim.AdamW([*adapted.trainable().values(), *head.parameters()], lr=learning_rate)
+    for _ in range(150):
+        questions, answers = batch(64)
+        nn.functional.cross_entropy(head(adapted(questions).states[:, -1]), answers).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    questions, answers = batch(512)
+    with torch.no_grad():
+        scores = head(adapted.eval()(questions).states[:, -1])
+    return nn.functional.cross_entropy(scores, answers).item(), (scores.argmax(1) == answers).float().mean().item()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_on_a_toy_of_reasoning_they_rank_as_published(seed):
+    found = {name: sum_of_two_digits(*placed, seed) for name, placed in PLACED.items()}
+    losses = [loss for loss, _ in found.values()]
+    assert losses == sorted(losses), found
+    assert min(found[name][1] for name in ("LoRA", "parallel", "series")) > 0.6
+    assert found["prefix"][1] < 0.35  # chance is 0.2
