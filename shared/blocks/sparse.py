@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from shared.blocks.low_rank import LowRank
 from shared.errors import RequestError, WorkError
 
-PRUNERS = ("random", "magnitude", "snip", "grasp")
+PRUNERS = ("random", "magnitude", "snip", "grasp", "synflow")
 Loss = Callable[[Any], Tensor]
 
 
@@ -51,6 +51,11 @@ class MaskedLowRank(LowRank):
     def factors(self):
         return super().factors()._replace(down=self.down * self.down_mask, up=self.up * self.up_mask)
 
+    def flow(self) -> Tensor:
+        """Mean of what comes out for an input of ones where every factor is replaced by its absolute value."""
+        down, up, scale, _ = self.factors()
+        return (up.abs().t() @ down.abs().sum(1)).mean() * abs(scale)
+
 
 def masked(modules: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Parameter, Tensor]]:
     """The prunable tensors of an adapter and their masks, by name."""
@@ -68,7 +73,8 @@ def scores(pruner: str, weights: Sequence[nn.Parameter], batches: Iterable[Any],
 
     pruner: "random" (normal), "magnitude" (|W|), "snip" (|W * dL/dW|; Lee et al., 2019) or "grasp" (W * Hg with the
     Hessian H and the gradient g; Wang et al., 2020), both of the losses summed over ``batches``, and divided by a
-    number that leaves their order: the published code's.
+    number that leaves their order: the published code's. "synflow" (Tanaka et al., 2020) is |W * dL/dW| undivided,
+    where ``loss`` is the flow through absolute weights and the one batch is the adapter.
 
     Raises RequestError where there is no batch, WorkError where a score is not finite.
     """
@@ -76,10 +82,10 @@ def scores(pruner: str, weights: Sequence[nn.Parameter], batches: Iterable[Any],
         found = [torch.randn(w.shape).to(w) for w in weights]
     elif pruner == "magnitude":
         found = [w.detach().abs() for w in weights]
-    elif pruner == "snip":
+    elif pruner in ("snip", "synflow"):
         found = [(w.detach() * g).abs() for w, g in zip(weights, _gradient(weights, batches, loss), strict=True)]
-        top = max(float(score.max()) for score in found)
-        found = _divided(found, sum(float((score / top).sum()) for score in found) if top else 1.0)
+        if pruner == "snip" and (top := max(float(score.max()) for score in found)):
+            found = _divided(found, sum(float((score / top).sum()) for score in found))
     else:
         product = _hessian_times_gradient(weights, batches, loss)
         found = [w.detach() * p for w, p in zip(weights, product, strict=True)]
@@ -104,7 +110,7 @@ def masks(found: Sequence[Tensor], density: float, scope: str) -> list[Tensor]:
         limits = [_limit(score.flatten(), int((1.0 - density) * score.numel())) for score in found]
     kept = [score > limit for score, limit in zip(found, limits, strict=True)]
     if not any(bool(mask.any()) for mask in kept):
-        raise WorkError("pruning leaves no weight: the density is too low, or all scores are equal")
+        raise WorkError("pruning leaves no weight: the density is too low, or all scores are equal (zero, say)")
     return kept
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor, nn, ones
+from torch import Tensor, nn
 
 from shared.adapter import Adapter
 from shared.blocks.placement import After, Beside, on_output, sublayers
@@ -37,7 +38,7 @@ class SparseBottleneck(nn.Module):
         self.norm = nn.LayerNorm(site.width) if method.norm != "none" else nn.Identity()
         self.before, self.dropout = method.norm == "in", float(method.dropout)
         self.down, self.up = MaskedLinear(site.width, method.width), MaskedLinear(method.width, site.width)
-        self.scale = nn.Parameter(ones(())) if method.scale == "learned" else float(method.scale)
+        self.scale = nn.Parameter(torch.ones(())) if method.scale == "learned" else float(method.scale)
         for layer in (self.down, self.up):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
@@ -50,6 +51,12 @@ class SparseBottleneck(nn.Module):
         h = F.relu(self.down(self.norm(h) if self.before else h))
         y = self.up(F.dropout(h, self.dropout, self.training)) * self.scale
         return (y if self.before else self.norm(y)).to(x.dtype)
+
+    def flow(self) -> Tensor:
+        """Mean of what comes out for ones in place of ``norm(x)``, every parameter replaced by its absolute value."""
+        down, up = ((m.weight * m.weight_mask).abs() for m in (self.down, self.up))
+        inside = down.sum(1) + self.down.bias.abs()  # nothing is below zero, so the relu does nothing
+        return (up @ inside + self.up.bias.abs()).mean() * abs(self.scale)
 
 
 class Again(Adapter):
@@ -64,18 +71,28 @@ class Again(Adapter):
         return on_output(base(z, *rest, **kwargs), lambda y: base(z + self.branch(y), *rest, **kwargs))
 
 
+def flow(modules: Mapping[str, nn.Module]) -> Tensor:
+    """What SynFlow differentiates: the flows of the masked modules of an adapter, each fed ones by itself, summed."""
+    inner = [m for module in modules.values() for m in module.modules()]
+    return torch.stack([m.flow() for m in inner if isinstance(m, SparseBottleneck | MaskedLowRank)]).sum()
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Pruned(Method):
     """density: share of the weights that is kept, or sparse_ratio: share that is pruned; one of them (neither: 0.6 is
     kept, the paper's best).
-    pruner: "snip" (the paper's best), "grasp", "magnitude" or "random".
+    pruner: "snip" (the paper's best), "grasp", "synflow", "magnitude" or "random".
     scope: whether the layers compete for the weights ("global") or each keeps the same share ("local").
     batches: how many training batches "snip" and "grasp" look at.
+
+    SynFlow's ones enter behind the bottleneck's norm, and a norm of the output is left out: the published code sends
+    them through the norm, where ones become zeros, so that all scores vanish and everything is pruned. It reads no
+    batch and runs no backbone; as published, it scores once. It needs start "normal": a zero factor stops the flow.
     """
 
     density: float | None = None
     sparse_ratio: float | None = None
-    pruner: Literal["random", "magnitude", "snip", "grasp"] = "snip"
+    pruner: Literal["random", "magnitude", "snip", "grasp", "synflow"] = "snip"
     scope: Literal["global", "local"] = "global"
     batches: int = 32
 
@@ -101,6 +118,8 @@ class _Pruned(Method):
         """Score in eval mode and set the masks, which then stay; weights and gradients are left as they are."""
         found = masked(model.bank[name])  # type: ignore[arg-type]
         weights, training = [w for w, _ in found.values()], model.training
+        if self.pruner == "synflow":
+            batches, loss = [model.bank[name]], flow
         model.eval()
         try:
             given = scores(self.pruner, weights, list(itertools.islice(iter(batches), self.batches)), loss)

@@ -16,7 +16,7 @@ from shared.adapted import adapt
 from shared.blocks.sparse import MaskedLinear, masked, masks, scores
 from shared.errors import RequestError, WorkError
 from shared.methods import SparseAdapter, SparseLoRA
-from shared.methods.sparse_adapter import survivors
+from shared.methods.sparse_adapter import flow, survivors
 from shared.sites import Site, Sites
 from shared.store import read_header
 from tests.shared.hosts import HOSTS
@@ -92,8 +92,77 @@ def test_grasp_is_the_hessian_times_the_gradient():
     assert torch.allclose(score, expected / expected.sum().abs(), atol=1e-6)
 
 
+def drawn(model):
+    """The model, all of its adapter drawn anew and every third entry a zero."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in bank(model).parameters():
+            weight.normal_().view(-1)[1::3] = 0
+    return model
+
+
+def ran(*_: Any) -> Tensor:
+    raise AssertionError("SynFlow runs neither the backbone nor the loss")
+
+
+def masks_of(model) -> list[Tensor]:
+    return [mask for _, mask in masked(bank(model)).values()]
+
+
+@pytest.mark.parametrize("norm", ["in", "out", "none"])
+def test_synflow_of_bottlenecks(norm):
+    model = drawn(chain(SparseAdapter(width=4, where=("mlp",), norm=norm, scale="learned", pruner="synflow"))[0])
+    expected = []
+    for name in ("0", "1", "2"):
+        branch = bank(model)[name].branch
+        down, up, low = (t.detach().abs() for t in (branch.down.weight, branch.up.weight, branch.down.bias))
+        s = abs(branch.scale.item()) / 8  # the mean of 8 outputs, each a sum over j of up_kj (sum_i down_ji + low_j)
+        expected += [s * down * up.sum(0)[:, None], s * up * (down.sum(1) + low)]
+    given = scores("synflow", tensors(model), [bank(model)], flow)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(given, expected, strict=True))
+    # Scores that tie at the limit all go: with a third and more of zeros, more than the tenth asked for.
+    zeros = sum(int((score == 0).sum()) for score in expected)
+    assert sum(int(mask.sum()) for mask in masks(given, 0.9, "global")) == 192 - zeros < 0.7 * 192
+    before = copy.deepcopy(model.state_dict())
+    model.backbone.register_forward_pre_hook(ran)
+    model.prepare([], ran)
+    assert all(torch.equal(a, b) for a, b in zip(masks_of(model), masks(expected, 0.6, "global"), strict=True))
+    for key, value in model.state_dict().items():  # every sign too, and the zeros
+        assert key.endswith("_mask") or torch.equal(value, before[key]), key
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(mask[weight == 0].any() for weight, mask in masked(bank(model)).values())
+    assert survivors(bank(model))["survive"] == 192 - math.ceil(0.4 * 192)
+
+
+def test_synflow_of_low_rank_factors():
+    for density, scope in ((0.2, "global"), (0.5, "local")):
+        method = SparseLoRA(rank=4, roles=("linear",), density=density, scope=scope, pruner="synflow")
+        model = drawn(adapt(nn.Linear(8, 6), method, example=(X,)))
+        change = bank(model)["model"]
+        down, up = change.down.detach().clone(), change.up.detach().clone()
+        # 6 outputs of scale 32 / 4, each a sum over r of up_rk sum_i down_ri
+        expected = [8 / 6 * down.abs() * up.abs().sum(1)[:, None], 8 / 6 * up.abs() * down.abs().sum(1)[:, None]]
+        given = scores("synflow", tensors(model), [bank(model)], flow)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(given, expected, strict=True))
+        model.prepare([], ran)
+        assert torch.equal(change.down, down)
+        assert torch.equal(change.up, up)
+        assert survivors(bank(model))["survive"] == (56 - math.ceil(0.8 * 56) if scope == "global" else 28)
+        assert all(torch.equal(a, b) for a, b in zip(masks_of(model), masks(expected, density, scope), strict=True))
+
+
+def test_the_published_synflow_of_a_norm_is_zero():
+    branch = bank(chain()[0])["0"].branch
+    with torch.no_grad():
+        for parameter in branch.parameters():
+            parameter.abs_()
+    branch(torch.ones(1, 8)).mean().backward()
+    assert not branch.down.weight.grad.any()
+    assert not branch.up.weight.grad.any()
+
+
 def test_scoring_leaves_everything_else_alone():
-    for pruner in ("random", "magnitude", "snip", "grasp"):
+    for pruner in ("random", "magnitude", "snip", "grasp", "synflow"):
         model, loss = chain(SparseAdapter(width=4, where=("mlp",), density=0.5, pruner=pruner, dropout=0.3))
         model.train()
         before = copy.deepcopy(dict(model.named_parameters()))
@@ -310,5 +379,10 @@ def test_scores_that_say_nothing_are_one_line():
     with pytest.raises(WorkError, match="pruning leaves no weight"):
         model.prepare([X], lambda batch: model(batch).sum() * 0)
     assert model.unprepared() == ["default"]
+    for method in (SparseAdapter(start="zero", pruner="synflow"), SparseLoRA(start="zero", pruner="synflow")):
+        model = adapt(HOSTS["vit"]()[0], method)
+        with pytest.raises(WorkError, match=r"pruning leaves no weight: .* all scores are equal \(zero, say\)"):
+            model.prepare([], ran)
+        assert model.unprepared() == ["default"]
     layer = MaskedLinear(3, 2)
     assert torch.equal(layer(X[:, :3]), nn.functional.linear(X[:, :3], layer.weight, layer.bias))
