@@ -137,7 +137,7 @@ class SoKA(Method):
 
         for key, adapter in adapters.items():
             if isinstance(adapter.a, DTensor):
-                raise RequestError("SoKA's reselect_every needs whole factors; without sharded training, or None")
+                raise RequestError("SoKA's reselect_every needs whole factors: train without sharding, or without it")
             if adapter.reselected == number:  # each batch of an accumulated step asks
                 continue
             adapter.reselected.fill_(number)

@@ -570,6 +570,22 @@ def test_products_that_are_not_finite_are_one_line():
         model.step(5)
 
 
+def test_divided_factors_are_refused_at_the_first_step():
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model, adapter = reselecting([10, 5, 1])
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        divided = distribute_tensor(adapter.a.detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
+        adapter.a = nn.Parameter(divided)
+        with pytest.raises(RequestError, match="SoKA's reselect_every needs whole factors"):
+            model.step(0)
+    finally:
+        distributed.destroy_process_group()
+
+
 def test_a_resumed_run_reselects_as_the_uninterrupted_one(tmp_path):
     from shared.training import Engine, Optimiser, fit
     from tests.shared.training.problem import Data, Head, Line
