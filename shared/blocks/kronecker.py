@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from shared.adapter import WeightAdapter
 from shared.blocks.decomposition import leading
-from shared.errors import RequestError
+from shared.errors import RequestError, WorkError
 
 EXACT = 1024  # up to this side of the rearranged matrix the whole SVD is taken, above it a randomised one
 
@@ -94,6 +94,21 @@ def decompose(matrix: Tensor, shape: Shape, count: int, where: str = "weight") -
     return Spectrum(a.reshape(-1, shape.p1, shape.q1), b.reshape(-1, shape.p2, shape.q2), values, energy)
 
 
+def recompose(a: Tensor, b: Tensor, where: str = "weight") -> Spectrum:
+    """The components of ``sum of a[i] kron b[i]`` without forming it: as many as there are products, at most ``most``.
+
+    a: (r, p1, q1).  b: (r, p2, q2). By QR of their rows and the SVD of a matrix r x r, in float64.
+    """
+    sides = [factor.detach().flatten(1).double().t() for factor in (a, b)]
+    if not all(side.isfinite().all() for side in sides):
+        raise WorkError(f"the products at {where} hold numbers that are not finite")
+    (left, first), (right, second) = (torch.linalg.qr(side) for side in sides)
+    u, values, v = torch.linalg.svd(first @ second.t(), full_matrices=False)
+    a_new, b_new = ((side * values.sqrt()).t() for side in (left @ u, right @ v.t()))
+    energy = float(values.square().sum())
+    return Spectrum(a_new.reshape(-1, *a.shape[1:]), b_new.reshape(-1, *b.shape[1:]), values, energy)
+
+
 def rank_by_energy(values: Tensor, energy: float, threshold: float) -> int:
     """The fewest components with ``threshold`` of the energy; all the given ones where they have less."""
     kept = values.double().square().cumsum(0)
@@ -118,35 +133,66 @@ class KroneckerSum(WeightAdapter):
 
     a: (r, p1, q1).  b: (r, p2, q2). Zero at first.
     spectrum: the leading values of what was decomposed, as many as were looked at.  energy: the sum of all squares.
+
+    With ``reselects`` products can be dropped in training, and no tensor changes its shape. live: (r,), which rows of a
+    and b count, the first ones. A dropped product goes to the same row of ``a_folded`` and ``b_folded`` and stays there
+    as it is; a row is dropped once at most, so r rows are enough.  reselected: the number of the step that last looked.
     """
 
     a_start: Tensor
     b_start: Tensor
     spectrum: Tensor
     energy: Tensor
+    a_folded: Tensor
+    b_folded: Tensor
+    live: Tensor
+    reselected: Tensor
 
-    def __init__(self, shape: Shape, rank: int, looked_at: int, *, taken: bool, where: str = "weight"):
+    def __init__(
+        self, shape: Shape, rank: int, looked_at: int, *, taken: bool, reselects: bool = False, where: str = "weight"
+    ):
         super().__init__()
         if not 1 <= rank <= shape.most:
             raise RequestError(f"rank {rank} at {where}: factors {shape} have 1 to {shape.most} products")
-        self.shape, self.taken = shape, taken
+        self.shape, self.taken, self.reselects = shape, taken, reselects
         self.a = nn.Parameter(torch.zeros(rank, shape.p1, shape.q1))
         self.b = nn.Parameter(torch.zeros(rank, shape.p2, shape.q2))
         self.register_buffer("spectrum", torch.zeros(looked_at))
         self.register_buffer("energy", torch.zeros(()))
-        self.ranked = ("a", "b", "a_start", "b_start") if taken else ("a", "b")
+        self.began = ("a", "b", "a_start", "b_start") if taken else ("a", "b")
+        self.ranked = (*self.began, "a_folded", "b_folded", "live") if reselects else self.began
         if taken:
             self.register_buffer("a_start", torch.zeros_like(self.a))
             self.register_buffer("b_start", torch.zeros_like(self.b))
+        if reselects:
+            self.register_buffer("a_folded", torch.zeros_like(self.a))
+            self.register_buffer("b_folded", torch.zeros_like(self.b))
+            self.register_buffer("live", torch.ones(rank, dtype=torch.bool))
+            self.register_buffer("reselected", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
     def start(self, found: Spectrum, rank: int) -> None:
         """Begin at the leading products; the identity where they are taken from W."""
         self.resize(rank)
-        for name in self.ranked:
+        for name in self.began:
             getattr(self, name).copy_((found.a if name.startswith("a") else found.b)[:rank])
         self.spectrum.copy_(found.values)
         self.energy.fill_(found.energy)
+        if self.reselects:
+            self.live.fill_(True)
+
+    def current(self, where: str) -> Spectrum:
+        """The components of the sum of the products that count."""
+        return recompose(self.a[self.live], self.b[self.live], where)
+
+    @torch.no_grad()
+    def keep(self, found: Spectrum, rank: int) -> None:
+        """Go on with the first ``rank`` components of ``current`` and fix the others: the change stays what it was."""
+        dropped = slice(rank, len(found.values))
+        for factor, folded, new in ((self.a, self.a_folded, found.a), (self.b, self.b_folded, found.b)):
+            folded[dropped] = new[dropped].to(folded.dtype)
+            factor.zero_()[:rank] = new[:rank].to(factor.dtype)
+        self.live[rank:] = False
 
     @property
     def kept(self) -> float:
@@ -154,7 +200,11 @@ class KroneckerSum(WeightAdapter):
         return float(self.spectrum[: len(self.a)].square().sum() / self.energy) if self.energy else 1.0
 
     def delta(self, weight: Tensor) -> Tensor:
-        change = self.a.flatten(1).t() @ self.b.flatten(1)
+        # An optimiser's momentum still moves the rows of dropped products, so they are masked, not only zero.
+        a = self.a * self.live[:, None, None] if self.reselects else self.a
+        change = a.flatten(1).t() @ self.b.flatten(1)
+        if self.reselects:
+            change = change + self.a_folded.flatten(1).t() @ self.b_folded.flatten(1)
         if self.taken:
             change = change - self.a_start.flatten(1).t() @ self.b_start.flatten(1)
         return self.shape.restore(change).reshape(weight.shape)

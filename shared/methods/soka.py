@@ -43,6 +43,12 @@ class SoKA(Method):
     budget: parameters in all layers together at most; the threshold is lowered until they fit.
     factors: rows and columns of A (None: the divisors nearest below the square roots: 64 x 64 of 4096 x 4096).
     roles: which layers (None: every linear layer of the blocks).  depth: which blocks.
+    reselect_every: optimiser steps after which the same rule looks at the sum of products as it then is, whose whole
+    spectrum is known: zeros after its products (so in a large layer the elbow seldom comes before them). What it drops
+    is fixed as it is; the function does not change at that moment. Products only ever become fewer. None: never.
+    Where one is dropped, the others become the leading components of the sum, while the optimiser keeps its moments of
+    the rows as they were, which fade by its decay rates; where none is, nothing is touched. Dropped products stay among
+    the counted parameters, without effect or gradient. Not in sharded training.
 
     Without weights (counting) and before a gradient is known, every layer has ``rank_max`` products. A file brings the
     ranks it was trained with.
@@ -54,7 +60,7 @@ class SoKA(Method):
         trains="rank_max * ((factors[0] * factors[1] + rows * columns // (factors[0] * factors[1])) if factors else"
         " (largest_divisor(rows) * largest_divisor(columns)"
         " + rows * columns // (largest_divisor(rows) * largest_divisor(columns))))",
-        why="the rank is chosen once, from the spectrum; trains is the most there can be",
+        why="the rank is chosen from the spectrum; trains is the most there can be",
     )  # fmt: skip
 
     source: Literal["weight", "update", "gradient"] = "weight"
@@ -66,6 +72,7 @@ class SoKA(Method):
     factors: Sequence[int] | None = None
     update: str | None = None
     batches: int = 16
+    reselect_every: int | None = None
     roles: Sequence[str] | None = None
     depth: str | int | Sequence[int] = "all"
 
@@ -82,6 +89,8 @@ class SoKA(Method):
             raise RequestError(f"SoKA ranks {self.rank_min} to {self.rank_max}: use 1 <= rank_min <= rank_max")
         if self.batches < 1 or (self.factors is not None and len(self.factors) != 2):
             raise RequestError(f"SoKA batches {self.batches}, factors {self.factors}: at least 1, and two numbers")
+        if self.reselect_every is not None and self.reselect_every < 1:
+            raise RequestError(f"SoKA reselect_every {self.reselect_every}: use at least 1 step, or None")
 
     def sites(self, sites: Sites) -> Sites:
         return projections(sites, self.roles, self.depth)
@@ -98,7 +107,10 @@ class SoKA(Method):
             shape = self._shape(site)
             rank = max(self.rank_min, min(self.rank_max, shape.most))  # refused where not even the least fits
             looked_at = min(self.rank_max + 1, shape.most)
-            built[site.key] = KroneckerSum(shape, rank, looked_at, taken=self.source == "weight", where=site.key)
+            built[site.key] = KroneckerSum(
+                shape, rank, looked_at, taken=self.source == "weight", reselects=bool(self.reselect_every),
+                where=site.key,
+            )  # fmt: skip
         if self.source == "gradient" or any(site.weight.is_meta for site in sites):
             return built
         matrices = {site.key: site.weight for site in sites} if self.source == "weight" else self._updates(sites)
@@ -117,6 +129,30 @@ class SoKA(Method):
         with evaluating(model):
             length = _search(bank, chosen, loss)
         _log.info("SoKA: starts %g times the gradient down", length)
+
+    def step(self, adapters: Mapping[str, Any], number: int, generator: torch.Generator) -> None:
+        if self.reselect_every is None or number % self.reselect_every:
+            return
+        from torch.distributed.tensor import DTensor
+
+        for key, adapter in adapters.items():
+            if isinstance(adapter.a, DTensor):
+                raise RequestError("SoKA's reselect_every needs whole factors: train without sharding, or without it")
+            if adapter.reselected == number:  # each batch of an accumulated step asks
+                continue
+            adapter.reselected.fill_(number)
+            if number:
+                self._reselect(key, adapter)
+
+    def _reselect(self, key: str, adapter: KroneckerSum) -> None:
+        found = adapter.current(key)
+        live = len(found.values)
+        # With the zeros after them: of the products alone, the elbow would drop at least the last one each time.
+        values = torch.cat([found.values, found.values.new_zeros(adapter.shape.most - live)])
+        rank = min(live, self._rank(found._replace(values=values), self.threshold))
+        if rank < live:
+            adapter.keep(found, rank)
+            _log.info("SoKA: %s: %d of %d products go on", key, rank, live)
 
     def _shape(self, site: Site) -> Shape:
         matrix = site.weight.flatten(1)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from shared.adapted import adapt
-from shared.blocks.kronecker import Shape, decompose, largest_divisor, rank_by_elbow, rank_by_energy
+from shared.blocks.kronecker import Shape, decompose, largest_divisor, rank_by_elbow, rank_by_energy, recompose
 from shared.errors import RequestError, WorkError
 from shared.methods import Full, LoRA, SoKA
 from tests.shared.hosts import HOSTS
@@ -434,6 +434,184 @@ def test_bad_gradients_are_one_line():
     assert not toy.linear._parameters["weight"].requires_grad  # type: ignore[union-attr]
 
 
+# -- reselection in training -------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.integers(0, 2**31))
+def test_the_components_of_a_sum_of_products_are_those_of_its_matrix(shape, seed):
+    g = torch.Generator().manual_seed(seed)
+    rank = int(torch.randint(1, shape.most + 1, (), generator=g))
+    a = torch.randn(rank, shape.p1, shape.q1, generator=g, dtype=torch.float64)
+    b = torch.randn(rank, shape.p2, shape.q2, generator=g, dtype=torch.float64)
+    matrix = torch.stack([torch.kron(*pair) for pair in zip(a, b, strict=True)]).sum(0)
+    found, whole = recompose(a, b), decompose(matrix, shape, rank)
+    assert torch.allclose(found.values, whole.values, atol=1e-9)
+    assert found.energy == pytest.approx(whole.energy)
+    assert torch.allclose(summed(found), matrix, atol=1e-9)
+    assert (found.values.diff() <= 0).all()
+
+
+def reselecting(values: list[float], **arguments) -> tuple[Any, Any]:
+    """A layer whose products are changed to have these singular values, hidden by another basis of the same sum."""
+    fixed = {"rank_max": len(values), "reselect_every": 5, "combine": "energy"}
+    model: Any = adapt(with_spectrum([9, 8, 7, 6, 5, 4]), SoKA(rank_min=len(values), **fixed))
+    model.methods["default"] = SoKA(**fixed | arguments)
+    adapter = model.bank["default"]["model"]
+    torch.manual_seed(5)
+    left, right = (torch.linalg.qr(torch.randn(16, len(values)))[0] for _ in range(2))
+    mix = torch.randn(len(values), len(values)) + 3 * torch.eye(len(values))
+    with torch.no_grad():
+        adapter.a.copy_((left * torch.tensor(values) @ mix).t().view_as(adapter.a))
+        adapter.b.copy_((right @ torch.linalg.inv(mix).t()).t().view_as(adapter.b))
+    return model, adapter
+
+
+@pytest.mark.parametrize(
+    ("values", "arguments", "rank"),
+    [
+        ([10, 5, 1, 0.5], {"threshold": 0.95}, 2),
+        ([10, 5, 1, 0.5], {"threshold": 0.5}, 1),
+        ([10, 5, 1, 0.5], {"threshold": 0.5, "rank_min": 3}, 3),
+        ([10, 5, 1, 0.5], {"threshold": 1.0}, 4),
+        ([10, 9, 8], {"combine": "elbow"}, 3),  # before the zeros
+        ([10, 9, 0.1], {"combine": "min", "threshold": 1.0}, 2),
+    ],
+)
+def test_reselection_drops_by_the_rule_and_changes_nothing(values, arguments, rank, caplog):
+    model, adapter = reselecting(values, **arguments)
+    x, before = torch.randn(9, 16), {n: t.clone() for n, t in adapter.state_dict().items()}
+    parameters = [(p, p.shape, p.data_ptr()) for p in model.trainable().values()]
+    expected, total = model(x).detach(), summed(adapter).detach()
+    for number in (0, 1, 4, 6):
+        model.step(number)
+        assert all(torch.equal(before[n], t) for n, t in adapter.state_dict().items() if n != "reselected")
+    with caplog.at_level(logging.INFO, logger="omniadapt"):
+        model.step(5)
+    assert adapter.live.tolist() == [k < rank for k in range(len(values))]
+    assert all(p is q and p.shape == s and p.data_ptr() == d
+               for (p, s, d), q in zip(parameters, model.trainable().values(), strict=True))  # fmt: skip
+    assert torch.allclose(model(x), expected, atol=1e-5 * float(expected.abs().max()))
+    if rank == len(values):  # the optimiser's moments stay those of these rows
+        assert all(torch.equal(before[n], t) for n, t in adapter.state_dict().items() if n != "reselected")
+        return
+    assert f"SoKA: model: {rank} of {len(values)} products go on" in caplog.text
+    folded = torch.stack([torch.kron(*pair) for pair in zip(adapter.a_folded, adapter.b_folded, strict=True)]).sum(0)
+    assert torch.allclose(summed(adapter).detach() + folded, total, atol=1e-5)
+    lost = torch.tensor(values[rank:]).square().sum()
+    assert float(folded.square().sum()) == pytest.approx(float(lost), rel=1e-3)  # the nearest of that rank stays
+    assert not adapter.a[rank:].any()
+    assert not adapter.b[rank:].any()
+
+
+def test_a_reselected_layer_merges_and_restores():
+    model, _ = reselecting([10, 5, 1, 0.5])
+    model.step(5)
+    x = torch.randn(4, 16)
+    served = model.eval()(x)
+    model.merge()
+    assert torch.allclose(model(x), served, atol=1e-5)
+    model.unmerge()
+    assert torch.equal(model(x), served)
+
+
+def test_dropped_products_stay_dropped_whatever_the_optimiser_holds():
+    model, adapter = reselecting([10, 5, 1, 0.5], threshold=0.9)
+    optimiser = torch.optim.AdamW(model.trainable().values(), lr=0.05, weight_decay=0.1)
+    x, y = torch.randn(64, 16), torch.randn(64, 16)
+    for number in range(6, 25):  # moments before the first look
+        model.step(number)
+        optimiser.zero_grad()
+        (model(x) - y).square().mean().backward()
+        gone = ~adapter.live
+        if gone.any():
+            assert not adapter.a.grad[gone].any()
+            assert not adapter.b.grad[gone].any()
+        optimiser.step()
+    gone = ~adapter.live
+    assert gone.any()
+    assert adapter.a[gone].abs().max() > 0  # momentum moved them
+    value = model(x).detach()
+    with torch.no_grad():
+        adapter.a[gone], adapter.b[gone] = 7.0, -3.0
+    assert torch.equal(model(x), value)
+
+
+def test_each_step_looks_once_though_every_batch_of_it_asks():
+    model, adapter = reselecting([10, 5, 4, 3], threshold=0.8)
+    model.step(5)
+    once = {n: t.clone() for n, t in adapter.state_dict().items()}
+    assert int(once["live"].sum()) == 2
+    model.step(5)
+    assert all(torch.equal(once[n], t) for n, t in adapter.state_dict().items())
+    model.step(10)  # 10 has 0.8 of the energy of 10 and 5
+    assert int(adapter.live.sum()) == 1
+    assert adapter.a_folded.flatten(1).any(1).tolist() == [False, True, True, True]
+
+
+def test_a_reselected_file_loads(tmp_path):
+    model, _ = reselecting([10, 5, 1, 0.5])
+    model.step(5)
+    model.save(tmp_path / "a.safetensors")
+    arguments = {"rank_max": 4, "combine": "energy", "reselect_every": 5}
+    other: Any = adapt(with_spectrum([9, 8, 7, 6, 5, 4]), SoKA(rank_min=2, threshold=0.1, **arguments))
+    assert len(other.bank["default"]["model"].a) == 2
+    other.load(tmp_path / "a.safetensors")
+    x = torch.randn(3, 16)
+    assert torch.equal(other(x), model(x))
+    assert other.bank["default"]["model"].live.tolist() == [True, True, False, False]
+
+
+def test_products_that_are_not_finite_are_one_line():
+    model, adapter = reselecting([10, 5, 1])
+    with torch.no_grad():
+        adapter.b[0, 0, 0] = torch.inf
+    with pytest.raises(WorkError, match="the products at model hold numbers that are not finite"):
+        model.step(5)
+
+
+def test_divided_factors_are_refused_at_the_first_step():
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model, adapter = reselecting([10, 5, 1])
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        divided = distribute_tensor(adapter.a.detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
+        adapter.a = nn.Parameter(divided)
+        with pytest.raises(RequestError, match="SoKA's reselect_every needs whole factors"):
+            model.step(0)
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_a_resumed_run_reselects_as_the_uninterrupted_one(tmp_path):
+    from shared.training import Engine, Optimiser, fit
+    from tests.shared.training.problem import Data, Head, Line
+    from tests.shared.training.test_fit import Interrupted, interrupt
+
+    def task() -> Line:
+        torch.manual_seed(3)
+        method = SoKA(rank_min=1, rank_max=4, threshold=0.8, combine="energy", reselect_every=2)
+        host = nn.Sequential(nn.Linear(4, 16), nn.Tanh())
+        return Line(adapt(host, method, head=Head(16, 1)), Optimiser(learning_rate=0.05, weight_decay=0.0))
+
+    def run(made: Line, output, seed: int, **more) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        fit(made, Data(noisy=True), Engine(epochs=3, accumulate=2), output, **more)
+        return torch.load(output / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+    whole = run(task(), tmp_path / "whole", 11)
+    with pytest.raises(Interrupted):
+        run(interrupt(task(), epoch=2), tmp_path / "cut", 11)
+    again = run(task(), tmp_path / "cut", 99, resume=True)
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert int(whole["adapter.default.0.reselected"]) == 8  # of 9 steps, of which 6 came before the interruption
+    assert not whole["adapter.default.0.live"].all()
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -453,6 +631,7 @@ def test_bad_gradients_are_one_line():
         ({"factors": (0, 4)}, "factors of 0 x 4 at model"),
         ({"factors": (2,)}, "SoKA batches 16, factors .2,.: at least 1, and two numbers"),
         ({"batches": 0}, "SoKA batches 0"),
+        ({"reselect_every": 0}, "SoKA reselect_every 0: use at least 1 step, or None"),
         ({"roles": "mlp.up"}, "has no site with role 'mlp.up'"),
     ],
 )
