@@ -17,7 +17,7 @@ from shared.errors import RequestError
 from shared.host import Port, State, attach, detach
 from shared.memory import Saving, compressed
 from shared.merge import merge, unmerge
-from shared.method import Method
+from shared.method import Method, check_choices
 from shared.proof import prove
 from shared.rows import run_by_rows
 from shared.sites import Sites, describe
@@ -92,6 +92,7 @@ class Adapted(nn.Module):
             )
         if self.state.merged:
             raise RequestError("adapters are merged into the weights; unmerge() before adding another")
+        check_choices(method)
         chosen = method.sites(self.sites())
         if chosen is not None and not len(chosen):
             raise RequestError(f"{type(method).__name__} attaches to zero sites of {self.backbone_name}")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union
 
 from torch import Generator, Tensor, nn
 
 from shared.adapter import Adapter, WeightAdapter
+from shared.errors import RequestError
 from shared.sites import Site, Sites
 from shared.taxonomy import Record
 
@@ -86,3 +89,20 @@ class Method:
     def arguments(self) -> dict[str, Any]:
         """The configuration, JSON-able: what an adapter file records."""
         return dataclasses.asdict(self)
+
+
+def check_choices(method: Method) -> None:
+    """Raises RequestError where a setting that takes one of a few words (a ``Literal``) has another."""
+    closed = [field.name for field in dataclasses.fields(method) if "Literal" in str(field.type)]
+    hints = typing.get_type_hints(type(method)) if closed else {}
+    for name in closed:
+        value, hint = getattr(method, name), hints[name]
+        many = typing.get_origin(hint) is Sequence
+        inner = typing.get_args(hint)[0] if many else hint
+        options = typing.get_args(inner) if typing.get_origin(inner) in (Union, UnionType) else (inner,)
+        words = [word for o in options if typing.get_origin(o) is Literal for word in typing.get_args(o)]
+        for one in value if many else (value,):
+            if isinstance(one, str) and one not in words:
+                number = "a number or " if {int, float} & set(options) else ""
+                have = ", ".join(map(str, words))
+                raise RequestError(f"{type(method).__name__} {name} {one!r}: use {number}{have}")

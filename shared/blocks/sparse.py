@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from shared.blocks.low_rank import LowRank
 from shared.errors import RequestError, WorkError
 
-PRUNERS = ("random", "magnitude", "snip", "grasp", "synflow")
 Loss = Callable[[Any], Tensor]
 
 

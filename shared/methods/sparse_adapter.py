@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from shared.adapter import Adapter
 from shared.blocks.placement import After, Beside, on_output, sublayers
-from shared.blocks.sparse import PRUNERS, MaskedLinear, MaskedLowRank, masked, masks, scores
+from shared.blocks.sparse import MaskedLinear, MaskedLowRank, masked, masks, scores
 from shared.errors import RequestError
 from shared.method import Method
 from shared.sites import Site, Sites
@@ -102,9 +102,6 @@ class _Pruned(Method):
             raise RequestError(f"{kind}: density is the kept share, sparse_ratio the pruned one: give one of them")
         if not 0 < self.kept <= 1:
             raise RequestError(f"{kind}: density {self.kept:g} (1 - sparse_ratio): use a share above 0, at most 1")
-        for value, known in ((self.pruner, PRUNERS), (self.scope, ("global", "local"))):
-            if value not in known:
-                raise RequestError(f"{kind}: {value!r}: use one of {', '.join(known)}")
         if self.batches < 1:
             raise RequestError(f"{kind} batches {self.batches}: use at least 1")
         if not 0 <= getattr(self, "dropout", 0) < 1:

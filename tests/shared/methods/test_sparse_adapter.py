@@ -355,8 +355,6 @@ def test_a_resumed_run_keeps_its_masks(tmp_path):
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda: SparseAdapter(pruner="snap"), "SparseAdapter: 'snap': use one of random, magnitude, snip"),
-        (lambda: SparseAdapter(scope="all"), "SparseAdapter: 'all': use one of global, local"),
         (lambda: SparseAdapter(density=0.5, sparse_ratio=0.5), "density is the kept share, sparse_ratio the pruned"),
         (lambda: SparseAdapter(density=0.0), r"SparseAdapter: density 0 \(1 - sparse_ratio\): use a share above 0"),
         (lambda: SparseAdapter(density=1.1), "density 1.1"),
