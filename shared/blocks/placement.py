@@ -75,6 +75,18 @@ def _rows(y: Tensor, rows: tuple[int, int] | None) -> Tensor:
     return y if rows is None else y[..., rows[0] : rows[1]]
 
 
+class Residual(Adapter):
+    """Around a module, which it leaves as it is: it keeps what that reads for another adapter of the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Tensor | None = None
+
+    def forward(self, base: Callable[..., Any], x: Tensor) -> Any:
+        self.seen = x
+        return base(x)
+
+
 class AtEnd(Adapter):
     """``change(z)`` added to the stream where a block ends, z being the stream there.
 

@@ -72,3 +72,10 @@ def owners(scores: Tensor, experts: int) -> Tensor:
     for expert in range(experts):
         owner[order[expert * count // experts : (expert + 1) * count // experts]] = expert
     return owner.reshape(scores.shape)
+
+
+def symmetric_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Half of KL(q || p) + KL(p || q) of logits (B, classes), mean over samples; each target without gradient."""
+    p, q = p.float().log_softmax(1), q.float().log_softmax(1)
+    one, other = (F.kl_div(a, b.detach(), reduction="batchmean", log_target=True) for a, b in ((p, q), (q, p)))
+    return 0.5 * (one + other)

@@ -15,8 +15,8 @@ from torch import Generator, Tensor, nn
 from shared import weights
 from shared.adapter import Adapter
 from shared.blocks.bottleneck import ACTIVATIONS
-from shared.blocks.placement import on_output, take
-from shared.blocks.split import Split
+from shared.blocks.placement import Residual, on_output, take
+from shared.blocks.split import Split, symmetric_divergence
 from shared.errors import RequestError, WorkError
 from shared.method import Method
 from shared.sites import Site, Sites
@@ -25,19 +25,8 @@ from shared.taxonomy import Record
 if TYPE_CHECKING:
     from shared.adapted import Adapted
 
-Style = Literal["adaptformer", "pfeiffer"]
-
-
-class Residual(Adapter):
-    """Around the norm before an MLP, which it leaves as it is: it hands the residual stream to the branch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Tensor | None = None
-
-    def forward(self, base: Callable[..., Any], x: Tensor) -> Any:
-        self.seen = x
-        return base(x)
+Style = Literal["adaptformer", "pfeiffer", "houlsby"]
+ACTIVATION = {"adaptformer": "gelu", "pfeiffer": "relu", "houlsby": "swish"}
 
 
 class Sparse(Adapter):
@@ -87,9 +76,7 @@ class Sparse(Adapter):
     def branch(self, h: Tensor) -> Tensor:
         """h (..., width) to what is added, of its shape."""
         down, up = self._experts()
-        inner = ACTIVATIONS["gelu" if self.style == "adaptformer" else "relu"](
-            _run(self.down, self.norm(h.to(self.up.weight.dtype)), down)
-        )
+        inner = ACTIVATIONS[ACTIVATION[self.style]](_run(self.down, self.norm(h.to(self.up.weight.dtype)), down))
         return (_run(self.up, F.dropout(inner, self.dropout, self.training), up) * self.scale).to(h.dtype)
 
     def _experts(self) -> tuple[Tensor | None, Tensor | None]:
@@ -103,19 +90,51 @@ class Sparse(Adapter):
         return self.drawn[self.turn, 0], self.drawn[self.turn, 1]
 
 
+class AfterAttention(Sparse):
+    """Around the norm before an MLP, which then reads ``h + branch(h)``; ``AfterMLP`` adds the same to the stream."""
+
+    seen: tuple[Tensor, Tensor, Tensor] | None = None  # the stream, what is added to it, what the norm gives
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        h, rest, kwargs = take(args, kwargs)
+        added = self.branch(h)
+        self.seen = h, added, base(h + added, *rest, **kwargs)
+        return self.seen[2]
+
+
+class AfterMLP(Sparse):
+    """Around a block: ``y + branch(y)``, y being what it gives plus what ``attention`` adds to the stream within.
+
+    So layer scale and stochastic depth act on the sub-layers alone, never on an adapter.
+    """
+
+    def __init__(self, width: int, method: MoSA, attention: AfterAttention, mlp: Residual, where: str):
+        super().__init__(width, method, None, where)
+        self.within = (attention, mlp)  # in a tuple, as above
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output, (attention, mlp) = base(*args, **kwargs), self.within
+        seen, read, attention.seen, mlp.seen = attention.seen, mlp.seen, None, None
+        if seen is None or seen[0] is take(args, kwargs)[0] or read is not seen[2]:
+            raise WorkError("MoSA: houlsby needs blocks whose MLP follows the attention and reads the stream normed")
+        output = on_output(output, lambda y: y + seen[1])
+        return on_output(output, lambda y: y + self.branch(y))
+
+
 def _run(layer: nn.Module, x: Tensor, expert: Tensor | None) -> Tensor:
     return layer(x, expert) if isinstance(layer, Split) else layer(x)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoSA(Method):
-    """A bottleneck beside every MLP, split into sparse experts; one of them is drawn for each step, block and pass.
+    """A bottleneck at every MLP, split into sparse experts; one of them is drawn for each step, block and pass.
 
     width: channels inside (published: 64, VTAB 16).  experts: parts a projection is split into (4; 2 on cars).
     share: the projection that stays whole and is trained in every pass ("down", published), "up" or "none".
     style: "adaptformer" reads the residual stream beside the MLP, through GELU; "pfeiffer" reads the MLP's output,
-    through ReLU (published with scale 1, dropout 0).  norm: a layer norm in front that trains; without it
-    "adaptformer" reads what the MLP reads (published for Swin).
+    through ReLU (published with scale 1, dropout 0); "houlsby" is two on the stream, each adding to it what it makes of
+    it, after the attention and after the MLP, through SiLU (published with norm false, scale 1, dropout 0).
+    norm: a layer norm in front that trains; without it "adaptformer" reads what the MLP reads (published for Swin).
     scale: of the branch (0.1).  dropout: inside (0.1).  merge: "mean" (published) or "union" of what was trained.
     consistency: weight of the symmetric divergence between two passes with experts of their own (1; 0: one pass).
     depth: which blocks.
@@ -126,7 +145,8 @@ class MoSA(Method):
     record: ClassVar[Record] = Record(
         categories=("additive/adapter",), acts_on="activations", form="parallel", mergeable="no",
         trains="(2 * width * site.width + (1 if share == 'down' else experts) * width"
-        " + (1 if share == 'up' else experts) * site.width + 2 * site.width * norm) * (site.role == 'mlp')",
+        " + (1 if share == 'up' else experts) * site.width + 2 * site.width * norm)"
+        " * ((site.role == 'mlp') != (style == 'houlsby'))",
         spec="mosa", why="its experts merge into one adapter, which stays beside the frozen model",
     )  # fmt: skip
 
@@ -151,15 +171,16 @@ class MoSA(Method):
 
     def sites(self, sites: Sites) -> Sites:
         mlps = sites.select("mlp", self.depth)
-        if self.style == "pfeiffer" and (summed := [site.path for site in mlps if "residual" in site.tags]):
+        if self.style != "adaptformer" and (summed := [site.path for site in mlps if "residual" in site.tags]):
             raise RequestError(f"MoSA: {summed[0]} adds the residual itself: use style=adaptformer")
-        return mlps + Sites([_norm_before(sites, mlp) for mlp in mlps]) if self._reads_residual else mlps
-
-    @property
-    def _reads_residual(self) -> bool:
-        return self.norm and self.style == "adaptformer"
+        if self.style == "pfeiffer" or (self.style == "adaptformer" and not self.norm):
+            return mlps
+        found = mlps + Sites([_norm_before(sites, mlp) for mlp in mlps])
+        return found + sites.select("block", self.depth) if self.style == "houlsby" else found
 
     def build_all(self, sites: Sites) -> dict[str, Adapter]:  # type: ignore[override]
+        if self.style == "houlsby":
+            return self._on_stream(sites)
         norms = {site.depth: (site.key, Residual()) for site in sites if site.role == "norm"}
         built: dict[str, Adapter] = {}
         for site in sites:
@@ -167,6 +188,15 @@ class MoSA(Method):
                 key, residual = norms.get(site.depth, ("", None))
                 built[site.key] = Sparse(site.width, self, residual, site.key)
                 built |= {key: residual} if residual is not None else {}
+        return built
+
+    def _on_stream(self, sites: Sites) -> dict[str, Adapter]:
+        at, built = {(site.role, site.depth): site for site in sites}, {}
+        for block in (site for site in sites if site.role == "block"):
+            norm, mlp = at["norm", block.depth], at["mlp", block.depth]
+            built[norm.key] = first = AfterAttention(block.width, self, None, norm.key)
+            built[mlp.key] = reads = Residual()
+            built[block.key] = AfterMLP(block.width, self, first, reads, block.key)
         return built
 
     def step(self, adapters: Mapping[str, nn.Module], number: int, generator: Generator) -> None:
@@ -187,13 +217,6 @@ class MoSA(Method):
         if not all(isinstance(output, Tensor) and output.ndim == 2 for output in outputs):
             raise RequestError("MoSA compares class scores (B, classes) of two passes; for this task consistency=0")
         return task.criterion(outputs[0], batch) + self.consistency * symmetric_divergence(*outputs)
-
-
-def symmetric_divergence(p: Tensor, q: Tensor) -> Tensor:
-    """Half of KL(q || p) + KL(p || q) of logits (B, classes), mean over samples; each target without gradient."""
-    p, q = p.float().log_softmax(1), q.float().log_softmax(1)
-    one, other = (F.kl_div(a, b.detach(), reduction="batchmean", log_target=True) for a, b in ((p, q), (q, p)))
-    return 0.5 * (one + other)
 
 
 def _sparse(adapters: Mapping[str, nn.Module]) -> list[Sparse]:
@@ -270,6 +293,8 @@ def load_official(model: Adapted, path: str | Path, *, name: str = "default") ->
 
 
 def _by_depth(model: Adapted, name: str) -> dict[int, Sparse]:
+    if model.methods[name].style == "houlsby":  # type: ignore[attr-defined]
+        raise RequestError(f"MoSA {name!r} has style houlsby: the official files name one adapter a block, not two")
     depths = {site.key: site.depth for site in model.sites()}
     adapters: Any = model.bank[name]
     return {depths[key]: adapter for key, adapter in adapters.items() if isinstance(adapter, Sparse)}

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from modalities.images.backbones import TimmViT
 from shared.adapted import adapt
 from shared.blocks.split import Split, owners
 from shared.errors import RequestError, WorkError
 from shared.methods import MoSA
 from shared.methods.mosa import Sparse, load_official, merged_state, symmetric_divergence
-from tests.shared.hosts import bert, bloom, llama, vit
+from tests.shared.hosts import SMALL_TEXT, bert, bloom, llama, vit
 
 
 class Scores:
@@ -111,6 +112,110 @@ def test_pfeiffer_is_behind_the_mlp():
         f = block.mlp(x)
     branch = F.linear(F.relu(adapter.down(adapter.norm(f))), *adapter.up.merged())
     assert torch.allclose(block.mlp(x), f + branch, atol=1e-5)
+
+
+HOULSBY = {"style": "houlsby", "norm": False, "scale": 1.0}
+
+
+def split_vit(**arguments):
+    """A ViT whose blocks have layer scale, with two adapters a block that have trained."""
+    torch.manual_seed(1)
+    small = {"embed_dim": 24, "depth": 4, "num_heads": 2, "init_values": 0.5}
+    backbone = TimmViT(3, name="vit_tiny_patch16_224", image_size=32, patch_size=8, weights="random", model_args=small)
+    adapted = adapt(backbone, MoSA(**{"width": 4, "dropout": 0.0, **HOULSBY, **arguments}))
+    return trained(adapted, torch.randn(3, 3, 32, 40))
+
+
+def on_stream(adapted, depth: int) -> tuple[Sparse, Sparse]:
+    bank, block = adapted.bank["default"], f"model/blocks/{depth}"
+    return bank[f"{block}/norm2"], bank[block]
+
+
+@pytest.mark.parametrize("share", ["down", "up", "none"])
+def test_houlsby_is_two_adapters_on_the_residual_stream(share):
+    adapted = split_vit(share=share)
+    block, x = adapted.backbone.model.blocks[1], torch.randn(2, 5, 24)
+    first, second = on_stream(adapted, 1)
+
+    def layer(split, index):
+        if not isinstance(split, Split):
+            return split.weight, split.bias
+        if index is None:
+            return split.merged()
+        start = 0 if split.start is None else split.start
+        return start + (split.weight - start) * (split.owner == index), split.bias[index]
+
+    def expected(a, b):
+        attention, mlp, norms = block.attn, block.mlp, (block.norm1, block.norm2)
+        with adapted.disabled():
+            x1 = x + 0.5 * attention(norms[0](x))
+            x1 = x1 + F.linear(F.silu(F.linear(x1, *layer(first.down, a[0]))), *layer(first.up, a[1]))
+            x2 = x1 + 0.5 * mlp(norms[1](x1))
+        return x2 + F.linear(F.silu(F.linear(x2, *layer(second.down, b[0]))), *layer(second.up, b[1]))
+
+    for adapter, drawn in ((first, [1, 3]), (second, [2, 0])):
+        adapter.drawn[:], adapter.turn = torch.tensor(drawn), 0
+    drawn, merged = expected((1, 3), (2, 0)), expected((None, None), (None, None))
+    assert torch.allclose(block.ls1(x), 0.5 * x)
+    assert torch.allclose(block(x), drawn, atol=1e-5)
+    adapted.eval()
+    assert torch.allclose(block(x), merged, atol=1e-5)
+    assert not torch.allclose(drawn, merged, atol=1e-3)
+    assert not torch.allclose(expected((0, 0), (0, 0)), drawn, atol=1e-3)
+
+
+def test_houlsby_starts_as_the_identity_and_draws_four_times_a_block_and_pass():
+    adapted, image = model(share="none", **HOULSBY)
+    with adapted.disabled():
+        bare = adapted(image).summary
+    for training in (True, False):
+        adapted.train(training).step(0)
+        assert torch.equal(adapted(image).summary, bare)
+    seen = []
+    for number in range(80):
+        adapted.step(number, seed=3)
+        seen.append(torch.stack([a.drawn for a in on_stream(adapted, 2)]))
+    draws = torch.stack(seen).flatten(1).float()  # (80 steps, 2 adapters x 2 passes x 2 projections)
+    assert set(draws.unique().tolist()) == {0.0, 1.0, 2.0, 3.0}
+    assert (torch.corrcoef(draws.t()) - torch.eye(8)).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("adapter", [0, 1])
+def test_the_mean_over_draws_of_each_houlsby_adapter_is_its_merged_output(adapter):
+    adapted = split_vit()
+    one, h, outputs = on_stream(adapted, 3)[adapter], torch.randn(3, 24), []
+    for e in range(4):
+        one.drawn[:], one.turn = torch.tensor([0, e]), 0
+        outputs.append(one.branch(h))
+    adapted.eval()
+    assert torch.allclose(torch.stack(outputs).mean(0), one.branch(h), atol=1e-6)
+    assert not torch.allclose(outputs[0], outputs[1], atol=1e-3)
+
+
+def test_houlsby_counts_and_has_no_official_file():
+    adapted = adapt(vit_base(), MoSA(width=64, **HOULSBY))
+    assert adapted.count()["adapter"] == 12 * 2 * (2 * 64 * 768 + 64 + 4 * 768)
+    with pytest.raises(RequestError, match="'default' has style houlsby: the official files name one adapter a block"):
+        merged_state(adapted)
+
+
+@pytest.mark.parametrize("block", ["post", "parallel"])
+def test_houlsby_refuses_blocks_it_would_be_wrong_for(block):
+    from timm.models.vision_transformer import ResPostBlock
+
+    if block == "parallel":
+        from modalities.language.backbones import TransformersText
+
+        backbone = TransformersText(
+            name="gptj", weights="random", config={**SMALL_TEXT, "rotary_dim": 4, "n_inner": 24}
+        )
+        inputs = backbone.example()
+    else:
+        small = {"embed_dim": 24, "depth": 2, "num_heads": 2, "block_fn": ResPostBlock}
+        backbone = TimmViT(3, name="vit_tiny_patch16_224", image_size=32, weights="random", model_args=small)
+        inputs = backbone.example()
+    with pytest.raises(WorkError, match="houlsby needs blocks whose MLP follows the attention"):
+        adapt(backbone, MoSA(width=2, **HOULSBY), example=inputs)
 
 
 @pytest.mark.parametrize("share", ["down", "up", "none"])
@@ -217,10 +322,11 @@ def again_and_again(adapted) -> None:
     block.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
 
 
-def test_checkpointing_is_right_with_one_pass_and_refused_with_two():
+@pytest.mark.parametrize("style", [{}, HOULSBY])
+def test_checkpointing_is_right_with_one_pass_and_refused_with_two(style):
     grads = []
     for again in (False, True):
-        adapted, image = model(consistency=0.0)
+        adapted, image = model(consistency=0.0, **style)
         task = Scores(trained(adapted, image))
         adapted.zero_grad()
         adapted.step(4)
@@ -230,7 +336,7 @@ def test_checkpointing_is_right_with_one_pass_and_refused_with_two():
         grads.append(adapters(adapted)[0].up.weight.grad)
         assert all(a.seen is None for a in adapted.bank["default"].values() if not isinstance(a, Sparse))
     assert torch.equal(*grads)
-    adapted, image = model()
+    adapted, image = model(**style)
     adapted.train().step(0)
     again_and_again(adapted)
     with pytest.raises(WorkError, match="runs in training mode after both passes of its step"):
@@ -238,8 +344,6 @@ def test_checkpointing_is_right_with_one_pass_and_refused_with_two():
 
 
 def vit_base():
-    from modalities.images.backbones import TimmViT
-
     with torch.device("meta"):
         return TimmViT(3, name="vit_base_patch16_224", weights="random", image_size=224)
 
@@ -317,6 +421,8 @@ def test_backbones_it_does_not_fit_say_so():
         adapt(bert()[0], MoSA())
     with pytest.raises(RequestError, match=r"model\.h\.0\.mlp adds the residual itself: use style=adaptformer"):
         adapt(bloom()[0], MoSA(style="pfeiffer"))
+    with pytest.raises(RequestError, match=r"model\.h\.0\.mlp adds the residual itself: use style=adaptformer"):
+        adapt(bloom()[0], MoSA(**HOULSBY))
     backbone, inputs, _ = llama()
     adapted = adapt(backbone, MoSA(width=2), example=inputs).train()
 
