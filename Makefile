@@ -24,4 +24,4 @@ lint: install
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: install
-	@for script in $(wildcard tests/benchmarks/[a-z]*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	$(BIN)/python -m tests.benchmarks
