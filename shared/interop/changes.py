@@ -16,6 +16,7 @@ from shared.adapter import WeightAdapter
 from shared.blocks.low_rank import Replacement
 from shared.blocks.magnitude import Decomposed
 from shared.errors import RequestError
+from shared.merge import evaluating
 from shared.methods.imported import KINDS, Imported
 
 # How names end, with the kind of change and our name of the tensor. A name that ends otherwise is left over.
@@ -186,7 +187,8 @@ def collected(model: Any, what: str) -> dict[tuple[str, str], Change]:
             parts = [(s, r, adapter) for name, s in model.state.active for r, adapter in by_name.get(name, ())]
             if parts:
                 tensor = port.frozen(model.backbone.get_submodule(path), parameter)
-                found[path, parameter] = _one(parts, tensor, f"{path}.{parameter}", what)
+                with evaluating(model.bank):  # a method may train another change than the one it leaves
+                    found[path, parameter] = _one(parts, tensor, f"{path}.{parameter}", what)
                 found[path, parameter].parameter = parameter
     if not found:
         raise RequestError(f"nothing to export: no adapter of {model.backbone_name} that is active changes a weight")

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from modalities.images.backbones import TimmViT
-from shared.adapted import adapt
+from shared.adapted import Adapted, adapt
 from shared.blocks.split import Split
 from shared.blocks.split_adapters import SplitLowRank
 from shared.errors import RequestError, WorkError
+from shared.interop import export_adapter, import_adapter
 from shared.interop.mosa import load_official, merged_state
-from shared.methods import LoRA, MoSA, MoSL
+from shared.methods import Imported, LoRA, MoSA, MoSL
 from shared.sites import Site, Sites
 from shared.training import Optimiser
 from tests.shared.hosts import vit
@@ -131,6 +132,19 @@ def test_gradient_of_mosl_reaches_the_drawn_entries_alone():
         for layer, e in ((change.down, 1), (change.up, 2)):
             assert layer.weight.grad[layer.owner != e].abs().max() == 0
             assert layer.weight.grad[layer.owner == e].abs().max() > 0
+
+
+def test_what_leaves_for_other_libraries_is_the_merged_change_also_in_training(tmp_path):
+    adapted, image = mosl()
+    trained(adapted, image)
+    assert adapted.bank.training
+    export_adapter(adapted, tmp_path, format="peft")
+    merged = adapted.eval()(image).summary
+    other = Adapted(vit()[0])
+    other.backbone.load_state_dict(adapted.backbone.state_dict())
+    import_adapter(other, tmp_path)
+    assert torch.allclose(other.eval()(image).summary, merged, atol=1e-6)
+    assert isinstance(other.methods["default"], Imported)
 
 
 @pytest.mark.parametrize(
