@@ -1,4 +1,4 @@
-"""AdapterFusion over adapters of one model: its spec's "What must hold", files, removal, and the matrix's checks."""
+"""AdapterFusion over adapters of one model: its spec's "What must hold", files and removal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.methods import AdapterFusion, LoRA, Pfeiffer
 from shared.methods.adapter_fusion import distance, from_adapter_hub, frozen
 from shared.sites import Site, Sites
 from tests.shared.hosts import HOSTS
-from tests.shared.test_capabilities import CAPABILITIES, excluded, out, rows
+from tests.shared.test_capabilities import out, rows
 
 MEMBERS = {"a": None, "b": None, "c": None}
 
@@ -309,36 +309,3 @@ def test_names_of_adapter_hub_are_ours():
     assert from_adapter_hub("bert.encoder.layer.0.output.dense.weight", keys) is None
     with pytest.raises(RequestError, match="the adapter has 2 sites, no layer 7"):
         from_adapter_hub("bert.encoder.layer.7.output.adapters.sst.adapter_up.bias", keys)
-
-
-class Fused:
-    """A case of the capability matrix: a fusion of finished members."""
-
-    def __init__(self, host: str):
-        self.host = host
-        self.model, self.inputs = with_members(host)
-        self.backbone, self.method = self.model.backbone, AdapterFusion(members=MEMBERS, dropout=0.0)
-        with self.model.disabled():
-            self.bare = out(self.model, self.inputs)
-        self.model.add(self.method, example=self.inputs)
-
-    def perturb(self, name: str = "default", seed: int = 0) -> Fused:
-        noisy(self.model, name, seed)
-        return self
-
-
-# What the matrix asks of the only adapter of a model is tested above, as is the start, a mean of the members.
-ABOVE = {"identity_at_start", "disable_and_remove_restore", "gradient_reaches_exactly_the_adapter", "save_and_load"}
-ASKED = [name for name in CAPABILITIES if name not in ABOVE | {"trains_what_its_record_says"}]
-
-
-@pytest.mark.parametrize("name", ASKED)
-def test_a_fusion_does_what_the_matrix_asks(name):
-    if reason := excluded("AdapterFusion").get(name):
-        pytest.skip(reason)
-    CAPABILITIES[name](Fused("bert"))
-
-
-@pytest.mark.parametrize("name", ["per_sample_equals_row_by_row", "ten_adapters_switch", "training_equals_inference"])
-def test_a_fusion_where_blocks_end_without_a_norm(name):
-    CAPABILITIES[name](Fused("vit"))
