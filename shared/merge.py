@@ -59,6 +59,8 @@ def _values(active: tuple[tuple[str, float], ...], path: str, host: nn.Module, p
     }
     for name, strength in active:
         for adapter in port.around.get(name, ()):
+            if port.rests(adapter):
+                continue
             change = adapter.merged({**host._parameters, **found})
             if change is None or (strength != 1.0 and not adapter.additive):
                 raise RequestError(

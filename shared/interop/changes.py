@@ -183,13 +183,13 @@ def collected(model: Any, what: str) -> dict[tuple[str, str], Change]:
     for path, port in model.hosts().items():
         if stuck := [name for name in model.active if name in port.around]:
             raise RequestError(f"adapter {stuck[0]!r} acts on activations at {path}: {what} holds changes of weights")
-        for parameter, by_name in port.on.items():
-            parts = [(s, r, adapter) for name, s in model.state.active for r, adapter in by_name.get(name, ())]
-            if parts:
-                tensor = port.frozen(model.backbone.get_submodule(path), parameter)
-                with evaluating(model.bank):  # a method may train another change than the one it leaves
+        for parameter in port.on:
+            with evaluating(model.bank):  # a method may train another change than the one it leaves
+                parts = [(s, r, adapter) for s, rows in port.parts(parameter) for r, adapter in rows]
+                if parts:
+                    tensor = port.frozen(model.backbone.get_submodule(path), parameter)
                     found[path, parameter] = _one(parts, tensor, f"{path}.{parameter}", what)
-                found[path, parameter].parameter = parameter
+                    found[path, parameter].parameter = parameter
     if not found:
         raise RequestError(f"nothing to export: no adapter of {model.backbone_name} that is active changes a weight")
     return found
