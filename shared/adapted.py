@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from shared import store, trained
 from shared.backbone import Backbone, fingerprint
 from shared.context import Context
+from shared.dropping import draw, drop
 from shared.errors import RequestError
 from shared.host import Port, State, attach, detach
 from shared.memory import Saving, compressed
@@ -92,6 +93,8 @@ class Adapted(nn.Module):
             )
         if self.state.merged:
             raise RequestError("adapters are merged into the weights; unmerge() before adding another")
+        if self.state.lowest or self.state.most:
+            raise RequestError("adapters of the lowest blocks are dropped; drop(0) before adding another")
         check_choices(method)
         chosen = method.sites(self.sites())
         if chosen is not None and not len(chosen):
@@ -149,6 +152,7 @@ class Adapted(nn.Module):
         self.prepared.discard(name)
         self.state.active = tuple(pair for pair in self.state.active if pair[0] != name)
         if not self.methods:
+            self.drop(0)
             for parameter_name, parameter in self.backbone.named_parameters():
                 parameter.requires_grad_(self._frozen.get(parameter_name, True))
 
@@ -180,6 +184,16 @@ class Adapted(nn.Module):
             yield
         finally:
             self.state.active = before
+
+    def drop(self, lowest: int, *, drawn: int = 0) -> None:
+        """AdapterDrop: from now on the active adapters of the ``lowest`` blocks rest, in training and in inference.
+
+        So those blocks are the frozen ones, and no gradient enters them. In training mode, a number of them from 0 to
+        ``drawn`` is drawn with each ``step``, and at least that many rest until the next. 0 ends either.
+
+        Raises RequestError where an active adapter acts in none of these blocks, in no other one, or across blocks.
+        """
+        drop(self, lowest, drawn)
 
     def _known(self, name: str) -> None:
         if name not in self.methods:
@@ -241,6 +255,7 @@ class Adapted(nn.Module):
     def step(self, number: int, seed: int = 0) -> None:
         """Tell the active methods which training step comes next; ``seed`` is the run's."""
         generator = torch.Generator().manual_seed(hash((seed, number)) & 0xFFFF_FFFF_FFFF)
+        self.state.drawn = draw(self.state.most, number, seed)
         for name in self.active:
             self.methods[name].step(self.bank[name], number, generator)  # type: ignore[arg-type]
 

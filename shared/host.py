@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from shared.adapter import Adapter, WeightAdapter
 from shared.errors import RequestError
+from shared.folding import same, stamp_of
 from shared.linear import CONVOLUTIONS, Piece, changed, convolution_beside, dropped, linear, linear_beside
 from shared.sites import Site
 
@@ -28,19 +29,25 @@ class State:
 
     active: (name, strength) of the adapters in force, in order.  merged: the same for what the stored weights hold.
     form: "auto", or "separate" to keep low-rank changes beside the product.
+    lowest: blocks, from the first, whose adapters rest.  drawn: as many of those in training mode, in this step, of
+    0 to ``most``.
     """
 
     def __init__(self) -> None:
         self.active: tuple[tuple[str, float], ...] = ()
         self.merged: tuple[tuple[str, float], ...] = ()
         self.form = "auto"
+        self.lowest, self.drawn, self.most = 0, 0, 0
 
 
 class Port:
-    """The adapters of one host: around its call by adapter name, and on its tensors by parameter and adapter name."""
+    """The adapters of one host: around its call by adapter name, and on its tensors by parameter and adapter name.
 
-    def __init__(self, state: State):
-        self.state = state
+    depth: index of the block it belongs to, -1 where it belongs to none.
+    """
+
+    def __init__(self, state: State, depth: int = -1):
+        self.state, self.depth = state, depth
         self.around: dict[str, list[Adapter]] = {}
         self.on: dict[str, dict[str, list[tuple[tuple[int, int] | None, WeightAdapter]]]] = {}
         self.stored: dict[str, Tensor | None] = {}  # originals, while merged; None for a bias that had not been
@@ -71,7 +78,13 @@ class Port:
     def parts(self, parameter: str) -> list[tuple[float, list]]:
         """The active changes of a parameter in order: the strength of each, and its adapters with their rows."""
         here = self.on.get(parameter, {})
-        return [(strength, here[name]) for name, strength in self.state.active if name in here]
+        active = [(name, strength) for name, strength in self.state.active if name in here]
+        return [(strength, here[name]) for name, strength in active if not self.rests(here[name][0][1])]
+
+    def rests(self, adapter: nn.Module) -> bool:
+        """Whether an adapter of this host is left out for now, as of a block that is too low."""
+        drawn = self.state.drawn if adapter.training else 0
+        return 0 <= self.depth < max(self.state.lowest, drawn)
 
     def _record(self, adapters) -> None:
         if not torch.compiler.is_compiling():
@@ -79,13 +92,9 @@ class Port:
 
     def _fold(self, weight: Tensor, parameter: str, parts) -> Tensor:
         """The changed tensor, computed once and kept until anything it depends on changes."""
-        stamp = [_stamp(weight), self.state.active]
-        for _, rows in parts:
-            for _, adapter in rows:
-                stamp += [_stamp(t) for t in (*adapter.parameters(), *adapter.buffers())]
-                stamp.append(tuple(v for v in adapter.__dict__.values() if isinstance(v, (int, float, str))))
+        stamp = stamp_of(weight, self.state.active, (adapter for _, rows in parts for _, adapter in rows))
         kept = self.folded.get(parameter)
-        if kept is None or not _same(kept[0], stamp):
+        if kept is None or not same(kept[0], stamp):
             with torch.inference_mode(False), torch.no_grad():
                 kept = self.folded[parameter] = (stamp, changed(weight, parts))
         return kept[1]
@@ -132,29 +141,14 @@ class Port:
             return run(*args, **kwargs)
         for name, strength in self.state.active:
             for adapter in self.around.get(name, ()):
+                if self.rests(adapter):
+                    continue
                 if strength != 1.0 and not adapter.additive:
                     raise RequestError(f"adapter {name!r} acts on activations and takes no strength (got {strength:g})")
                 self._record((adapter,))
                 whole_or_part = adapter if strength == 1.0 else functools.partial(adapter.part, strength)
                 run = functools.partial(whole_or_part, run)
         return run(*args, **kwargs)
-
-
-def _stamp(tensor: Tensor) -> tuple:
-    # The tensor itself is kept, so its identity cannot be reused while the stamp lives.
-    return tensor, tensor._version, tensor.data_ptr(), tensor.dtype
-
-
-def _same(old: list, new: list) -> bool:
-    if len(old) != len(new):
-        return False
-    for a, b in zip(old, new, strict=True):
-        if a and b and isinstance(a[0], Tensor) and isinstance(b[0], Tensor):
-            if a[0] is not b[0] or a[1:] != b[1:]:
-                return False
-        elif a != b:
-            return False
-    return True
 
 
 def attach(site: Site, adapter: Adapter | WeightAdapter, name: str, state: State) -> None:
@@ -164,7 +158,7 @@ def attach(site: Site, adapter: Adapter | WeightAdapter, name: str, state: State
     host = site.module
     port = host.__dict__.get("_port")
     if port is None:
-        port = host.__dict__["_port"] = Port(state)
+        port = host.__dict__["_port"] = Port(state, -1 if site.role == "model" else site.depth)
     elif port.state is not state:
         raise RequestError(
             f"site {site.key}: its module already belongs to another adapted model; detach that one first"

@@ -3,7 +3,8 @@
 A service of the core for any frozen backbone and any method. ``compressed`` intercepts torch's own functions while a
 forward pass runs, so no module is swapped and nothing has to be put back. Element-wise functions keep a code of their
 derivative (interval codes: Novikov et al., 2023), two-valued derivatives one exact bit, softmax and normalisation with
-a frozen weight their output in rows of codes, batch normalisation with frozen statistics nothing. Where a weight
+a frozen weight their output in rows of codes, batch normalisation with frozen statistics nothing, max pooling the place
+of each maximum in its window. Where a weight
 trains, where a function works in place, and inside ``nn.MultiheadAttention`` (one call for torch) all stays exact.
 """
 
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from shared.blocks import saved
-from shared.blocks.packing import check_width
+from shared.blocks.packing import WIDTHS, check_width
 from shared.errors import RequestError
 
 
@@ -162,6 +164,23 @@ def _dropout(mode: _Compressed, func: Any, args: tuple, kwargs: dict[str, Any]) 
     return saved.Dropout.apply(x, p)  # type: ignore[return-value]
 
 
+def _max_pool(mode: _Compressed, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
+    x, kernel, stride, padding, dilation, ceil = _arguments(args, kwargs, names, (None, None, None, 0, 1, False))
+    axes, pool = POOLS[func]
+    grid = saved.Windows(*(_each(value, axes) for value in (kernel, stride or kernel, padding, dilation)))
+    bits = next((width for width in WIDTHS if 2**width >= math.prod(grid.kernel)), None)
+    if bits is None:
+        return None
+    run = lambda x: pool(x, *grid, ceil_mode=ceil, return_indices=True)  # noqa: E731
+    return saved.MaxPool.apply(x, run, grid, bits)  # type: ignore[return-value]
+
+
+def _each(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    """One number for each axis, of one for all or as many."""
+    return (value,) * axes if isinstance(value, int) else tuple(value) * (axes if len(value) == 1 else 1)
+
+
 def _attention(mode: _Compressed, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
     q, k, v, mask, p, causal, scale, grouped = _arguments(
         args, kwargs, ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
@@ -182,12 +201,18 @@ def _arguments(args: tuple, kwargs: dict[str, Any], names: tuple[str, ...], defa
     return [given.get(name, default) for name, default in zip(names, defaults, strict=True)]
 
 
+POOLS: dict[Any, tuple[int, Callable[..., tuple[Tensor, Tensor]]]] = {
+    function: (axes, pool)
+    for axes, pool in enumerate((F.max_pool1d, F.max_pool2d, F.max_pool3d), 1)
+    for function in (pool, getattr(torch, f"max_pool{axes}d"))
+}
 HANDLERS: dict[Any, Callable[..., Tensor | None]] = {
     **dict.fromkeys((F.gelu, F.silu, F.mish, F.hardswish, F.softplus, F.elu), _smooth),
     **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, torch.tanh, Tensor.tanh), _smooth),
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu, F.relu6, F.hardtanh, F.leaky_relu), _two_valued),
     **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _softmax),
     F.layer_norm: _layer_norm, F.group_norm: _group_norm, F.batch_norm: _batch_norm,
+    **dict.fromkeys(POOLS, _max_pool),
     F.dropout: _dropout, F.scaled_dot_product_attention: _attention,
 }  # fmt: skip
 

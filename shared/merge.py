@@ -20,7 +20,7 @@ def merge(model: Any) -> None:
     adapter acts on activations and has no merged form; nothing is changed then.
     """
     unmerge(model)
-    with torch.no_grad(), _evaluating(model.bank):
+    with torch.no_grad(), evaluating(model.bank):
         hosts = [(path, model.backbone.get_submodule(path), port) for path, port in model.hosts().items()]
         values = [(host, port, _values(model.state.active, path, host, port)) for path, host, port in hosts]
         for host, port, tensors in values:
@@ -39,7 +39,8 @@ def unmerge(model: Any) -> None:
 
 
 @contextmanager
-def _evaluating(bank: nn.Module) -> Iterator[None]:
+def evaluating(bank: nn.Module) -> Iterator[None]:
+    """Adapters in eval mode within it, each in its own again after it."""
     modes = [(module, module.training) for module in bank.modules()]
     bank.eval()
     try:
@@ -58,6 +59,8 @@ def _values(active: tuple[tuple[str, float], ...], path: str, host: nn.Module, p
     }
     for name, strength in active:
         for adapter in port.around.get(name, ()):
+            if port.rests(adapter):
+                continue
             change = adapter.merged({**host._parameters, **found})
             if change is None or (strength != 1.0 and not adapter.additive):
                 raise RequestError(

@@ -55,6 +55,15 @@ class Method:
         """Names of other adapters of the model that this one works through: they cannot be removed before it."""
         return ()
 
+    def digests(self, model: Adapted) -> dict[str, str]:
+        """What those of ``uses`` are, by name: a file records it and is refused where they are others."""
+        return {}
+
+    @property
+    def by_block(self) -> bool:
+        """Whether the adapters of a block do without those of the blocks below, so that these can be dropped."""
+        return True
+
     def example(self) -> dict[str, Any]:
         """What the proof of effect tells the adapters, where a call has to (such as its task)."""
         return {}

@@ -130,9 +130,10 @@ def header(
 ) -> dict[str, Any]:
     """What a file says of the one active adapter of a model."""
     name = only_active(model, path)
-    method = model.methods[name]
+    method, digests = model.methods[name], model.methods[name].digests(model)
+    described = {"type": type(method).__name__, "arguments": method.arguments()}
     return {
-        "method": {"type": type(method).__name__, "arguments": method.arguments()},
+        "method": {**described, "digests": digests} if digests else described,
         "backbone": {"name": model.backbone_name, "fingerprint": model.fingerprint},
         "sites": list(model.bank[name]),
         "metrics": dict(metrics),
@@ -159,7 +160,8 @@ def load_adapter(model: Any, path: str | os.PathLike, other_backbone: bool, head
 
 
 def check_belongs(model: Any, header: Mapping[str, Any], path: str | os.PathLike, other_backbone: bool) -> None:
-    """Raises RequestError where a file is for another backbone (unless that is asked for) or another method."""
+    """Raises RequestError where a file is for another backbone (unless that is asked for), another method, or one that
+    works through other adapters than the file's did (by whatever names)."""
     theirs, mine = header["backbone"], model.fingerprint
     if theirs["fingerprint"] != mine and not other_backbone:
         raise RequestError(
@@ -169,6 +171,15 @@ def check_belongs(model: Any, header: Mapping[str, Any], path: str | os.PathLike
     wanted, method = header["method"]["type"], type(model.methods[only_active(model, path)]).__name__
     if method != wanted:
         raise RequestError(f"{path}: an adapter of method {wanted}; the active one is {method}")
+    told = header["method"].get("digests", {})
+    mine = model.methods[only_active(model, path)].digests(model)
+    if sorted(told.values()) != sorted(mine.values()):
+        strange = [name for name, digest in mine.items() if digest not in told.values()]
+        missing = [name for name, digest in told.items() if digest not in mine.values()]
+        raise RequestError(
+            f"{path}: made with other adapters: {', '.join(strange) or 'none'} of this {method} "
+            f"changed since or was not among them, {', '.join(missing) or 'none'} of theirs is not here"
+        )
 
 
 def only_active(model: Any, path: str | os.PathLike) -> str:

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -208,6 +208,59 @@ class Dropout(Function):
         (bits,) = ctx.saved_tensors
         kept = unpack(bits, 1, ctx.shape)
         return gradient * kept.to(gradient.dtype).div_(1 - ctx.p), None
+
+
+class Windows(NamedTuple):
+    """The windows of a pooling: one number for each spatial axis."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    def codes(self, index: Tensor, sizes: Sequence[int]) -> Tensor:
+        """uint8 places in the windows, row-major, of flat ``index`` (..., outputs) into maps of these spatial sizes."""
+        code, weight = torch.zeros_like(index, dtype=torch.uint8), 1
+        for axis in reversed(range(len(sizes))):
+            place = (index % sizes[axis] - self._starts(axis, index)) // self.dilation[axis]
+            code += (place * weight).to(torch.uint8)
+            index, weight = index // sizes[axis], weight * self.kernel[axis]
+        return code
+
+    def index(self, codes: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Back from ``codes``."""
+        code, index, weight = codes.long(), torch.zeros_like(codes, dtype=torch.long), 1
+        for axis in reversed(range(len(sizes))):
+            place = code % self.kernel[axis] * self.dilation[axis] + self._starts(axis, codes)
+            code, index, weight = code // self.kernel[axis], index + place * weight, weight * sizes[axis]
+        return index
+
+    def _starts(self, axis: int, outputs: Tensor) -> Tensor:
+        """Where each window begins along an axis; below zero in the padding."""
+        after = len(self.kernel) - 1 - axis
+        count = outputs.shape[outputs.ndim - 1 - after]
+        starts = torch.arange(count, device=outputs.device) * self.stride[axis] - self.padding[axis]
+        return starts.reshape(-1, *(1,) * after)
+
+
+class MaxPool(Function):
+    """Max pooling that saves where in its window each maximum was; its gradient is exact."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, run: Callable[..., tuple[Tensor, Tensor]], grid: Windows, bits: int) -> Tensor:  # type: ignore[override]
+        y, index = run(x)
+        ctx.grid, ctx.bits, ctx.shape, ctx.sizes = grid, bits, x.shape, x.shape[-len(grid.kernel) :]
+        ctx.save_for_backward(pack(grid.codes(index, ctx.sizes), bits))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor):  # type: ignore[override]
+        (packed,) = ctx.saved_tensors
+        index = ctx.grid.index(unpack(packed, ctx.bits, gradient.shape), ctx.sizes)
+        axes = len(ctx.sizes)
+        dx = gradient.new_zeros(ctx.shape).flatten(-axes)
+        return dx.scatter_add_(-1, index.flatten(-axes), gradient.flatten(-axes)).reshape(ctx.shape), None, None, None
 
 
 class Attention(Function):

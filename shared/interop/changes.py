@@ -16,6 +16,7 @@ from shared.adapter import WeightAdapter
 from shared.blocks.low_rank import Replacement
 from shared.blocks.magnitude import Decomposed
 from shared.errors import RequestError
+from shared.merge import evaluating
 from shared.methods.imported import KINDS, Imported
 
 # How names end, with the kind of change and our name of the tensor. A name that ends otherwise is left over.
@@ -182,12 +183,13 @@ def collected(model: Any, what: str) -> dict[tuple[str, str], Change]:
     for path, port in model.hosts().items():
         if stuck := [name for name in model.active if name in port.around]:
             raise RequestError(f"adapter {stuck[0]!r} acts on activations at {path}: {what} holds changes of weights")
-        for parameter, by_name in port.on.items():
-            parts = [(s, r, adapter) for name, s in model.state.active for r, adapter in by_name.get(name, ())]
-            if parts:
-                tensor = port.frozen(model.backbone.get_submodule(path), parameter)
-                found[path, parameter] = _one(parts, tensor, f"{path}.{parameter}", what)
-                found[path, parameter].parameter = parameter
+        for parameter in port.on:
+            with evaluating(model.bank):  # a method may train another change than the one it leaves
+                parts = [(s, r, adapter) for s, rows in port.parts(parameter) for r, adapter in rows]
+                if parts:
+                    tensor = port.frozen(model.backbone.get_submodule(path), parameter)
+                    found[path, parameter] = _one(parts, tensor, f"{path}.{parameter}", what)
+                    found[path, parameter].parameter = parameter
     if not found:
         raise RequestError(f"nothing to export: no adapter of {model.backbone_name} that is active changes a weight")
     return found

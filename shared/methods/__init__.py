@@ -24,6 +24,7 @@ from shared.methods.llm_adapters import SeriesAdapter as SeriesAdapter
 from shared.methods.lora import LoRA as LoRA
 from shared.methods.mola import MoLA as MoLA
 from shared.methods.mosa import MoSA as MoSA
+from shared.methods.mosa import MoSL as MoSL
 from shared.methods.norm_tuning import NormTuning as NormTuning
 from shared.methods.prefix import Prefix as Prefix
 from shared.methods.probe import Probe as Probe

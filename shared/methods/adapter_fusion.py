@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import store
+from shared.backbone import fingerprint
 from shared.blocks.bottleneck import Bottleneck, reduced
 from shared.blocks.placement import AtEnd, ends
 from shared.errors import RequestError
@@ -111,7 +112,8 @@ class AdapterFusion(Method):
     own names, also when the fusion is removed.
     members: the adapters by name, two or more: each with its file, which is loaded (without its head), or None for one
     the model has. All are ``Pfeiffer`` with the same settings, on the sites of the fusion; their order is that of the
-    mixture, and changes nothing else. On the meta device no file is read.
+    mixture, and changes nothing else. On the meta device no file is read. The file of a fusion knows the weights of its
+    members, and is refused with others.
     value: the published form; False mixes the adapters' outputs as they are.  regularisation: weight of the extra loss
     ``|I - V|^2`` of each block (published: 0.01).  dropout: on the scores (published: the backbone's, 0.1 in BERT).
     depth: which blocks.
@@ -142,6 +144,10 @@ class AdapterFusion(Method):
     @property
     def uses(self) -> tuple[str, ...]:
         return tuple(self.members)
+
+    def digests(self, model: Adapted) -> dict[str, str]:
+        known = [name for name in self.members if name in model.methods]
+        return {name: f"{model.methods[name].activation} {fingerprint(model.bank[name])}" for name in known}  # type: ignore[attr-defined]
 
     def arguments(self) -> dict[str, Any]:
         members = {name: None if path is None else str(path) for name, path in self.members.items()}

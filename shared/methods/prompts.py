@@ -93,6 +93,10 @@ class Prompt(Method):
         if self.count < 1:
             raise RequestError(f"Prompt count {self.count}: use at least 1 token")
 
+    @property
+    def by_block(self) -> bool:
+        return self.deep
+
     def sites(self, sites: Sites) -> Sites:
         whole = [s for s in sites if s.role == "model" and getattr(s.module, "prompted", False)]
         if whole:

@@ -115,6 +115,10 @@ class S2A(Method):
             raise RequestError("S2A's ladder keeps gradients out of the backbone: use bias=False, prompts=0 with it")
         self.saving()
 
+    @property
+    def by_block(self) -> bool:
+        return self.side != "ladder"
+
     def saving(self) -> Saving | None:
         return None if self.bits is None else Saving(bits=self.bits, attention=self.attention)
 

@@ -49,6 +49,9 @@ class Engine:
     monitor: "validation/<metric>" that picks the best checkpoint, None: the task's own; smaller is better for names
     that end in "loss" or "error".  check_every: epochs between checks (validation and checkpoint); there is always one
     at the end.  save_every: steps between checkpoints within an epoch, for long ones; None: at checks alone.
+    adapter_drop: most blocks, from the lowest, whose adapters rest in a training step; how many, from 0, is drawn for
+    each step (robust AdapterDrop, Rücklé et al., 2021). Evaluation runs all. A method whose ``depth`` begins higher is
+    the specialised one.
     device: where.  devices: on how many of a machine, with one process for each.  nodes: machines.
     strategy: "ddp" (every process holds the model; Li et al., 2020), "fsdp" (the model is divided among them; Zhao et
     al., 2023) or "auto" (ddp where there are several processes). Processes share each batch: the data's batch size,
@@ -65,6 +68,7 @@ class Engine:
     monitor: str | None = None
     check_every: int = 1
     save_every: int | None = None
+    adapter_drop: int = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = 1
     nodes: int = 1
@@ -87,6 +91,8 @@ class Engine:
             value = getattr(self, key)
             if value is not None and value <= 0:
                 raise RequestError(f"trainer.{key} {value}: use a number above 0")
+        if self.adapter_drop < 0:
+            raise RequestError(f"trainer.adapter_drop {self.adapter_drop}: use 0 or more")
         if self.strategy != "auto" and self.processes == 1:
             raise RequestError(f"trainer.strategy {self.strategy!r} is for several processes: give trainer.devices too")
         if self.strategy == "fsdp" and self.precision == "16-mixed":
@@ -144,11 +150,24 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
         feed = Feed(loaders, order)
         task.total_steps = total
         task.train()
-        trainer.fit(task, datamodule=feed, ckpt_path=folder / "last.ckpt" if state else None, weights_only=True)
+        with _dropping(task.model, engine.adapter_drop):
+            trainer.fit(task, datamodule=feed, ckpt_path=folder / "last.ckpt" if state else None, weights_only=True)
         task.load_state_dict(read_checkpoint(Path(output) / BEST)["state_dict"])
         trainer.test(task, datamodule=feed, verbose=False)
     reached = {"epochs": trainer.current_epoch, "steps": trainer.global_step}
     return {"test": task.outcome["test"], "best": checkpoints.best, **reached, "cost": cost.summary()}
+
+
+@contextlib.contextmanager
+def _dropping(model: Any, most: int) -> Iterator[None]:
+    """Adapters of up to ``most`` of the lowest blocks rest in each training step within it."""
+    if most:
+        model.drop(model.state.lowest, drawn=most)
+    try:
+        yield
+    finally:
+        if most:
+            model.drop(model.state.lowest)
 
 
 def _state(last: Path, resume: bool) -> dict[str, Any] | None:

@@ -97,6 +97,7 @@ class Optimiser:
 
 
 def _undecayed(name: str, parameter: nn.Parameter) -> bool:
-    """Vectors and scalars, and bare embedding tensors (position, level, class token), which no module type marks."""
+    """Vectors and scalars, biases of any shape (one for each of several experts), and bare embedding tensors (position,
+    level, class token), which no module type marks."""
     own = name.rpartition(".")[2]
-    return parameter.ndim <= 1 or "embed" in own or "token" in own
+    return parameter.ndim <= 1 or own == "bias" or "embed" in own or "token" in own

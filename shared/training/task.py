@@ -138,7 +138,7 @@ class Task(LightningModule):
             raise WorkError(
                 f"the training loss is {loss.item()} at {where}; check these samples or lower the learning rate"
             )
-        if not self._proved:
+        if not self._proved and not self.model.state.drawn:  # else some adapters rest
             self._prove()
 
     def _prove(self) -> None:

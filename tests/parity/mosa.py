@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.adapted import adapt
-from shared.blocks.split import Split, owners
+from shared.blocks.split import Split, owners, symmetric_divergence
 from shared.methods import MoSA
-from shared.methods.mosa import symmetric_divergence
 from shared.sites import Site, Sites
 
 

@@ -1,7 +1,8 @@
 """The capability matrix: what every method must do on every host it is meant for.
 
 A method joins by existing: with no file in ``capabilities`` it is tried as it is on the ViT. There, ``HOSTS`` names the
-hosts and the arguments to try on each, ``EXCLUDED`` what it cannot do and why, ``ABSENT`` why it is not tried at all.
+hosts and the arguments to try on each, ``EXCLUDED`` what it cannot do and why, ``ABSENT`` why it is not tried at all;
+``before(model)`` adds what has to be in the model first.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from shared import catalog, taxonomy
-from shared.adapted import adapt
+from shared.adapted import Adapted
 from shared.errors import RequestError
 from tests.shared.hosts import HOSTS
 
@@ -72,7 +73,9 @@ class Case:
         self.bare = out(self.backbone, self.inputs)
         # torch's own attention takes a fused path without gradients and another with them.
         self.bare_with_gradients = rows(self.backbone(*self.inputs)).detach()
-        self.host, self.model = host, adapt(self.backbone, self.method, sites=self.sites, example=self.inputs)
+        self.host, self.model = host, Adapted(self.backbone, sites=self.sites)
+        told(method, "before", lambda model: None)(self.model)
+        self.model.add(self.method, example=self.inputs)
         self.model.prepare([self.inputs], lambda batch: rows(self.model(*batch)).square().mean())
         # What is folded or merged on weights is the same tensor; a merged function only computes the same.
         self.same = torch.equal if self.method.record.acts_on == "weights" else close
@@ -161,7 +164,8 @@ def disable_and_remove_restore(case: Case) -> None:
     case.perturb()
     with case.model.disabled():
         assert torch.equal(out(case.model, case.inputs), case.bare)
-    case.model.remove()
+    for name in reversed(list(case.model.methods)):
+        case.model.remove(name)
     assert torch.equal(out(case.backbone, case.inputs), case.bare)
     assert not any("_port" in m.__dict__ for m in case.backbone.modules())
     fresh, _, _ = HOSTS[case.host]()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,6 +103,61 @@ def test_rows_come_back_within_half_a_step(bits, width, count):
     assert packed.numel() == -(-count * width * bits // 8)
     error = (codes_to_rows(packed, least, step, bits, rows.shape) - rows).abs()
     assert bool((error <= step / 2 + 1e-5).all())
+
+
+POOLS = {1: (F.max_pool1d, torch.max_pool1d), 2: (F.max_pool2d, torch.max_pool2d), 3: (F.max_pool3d, torch.max_pool3d)}
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.data())
+def test_max_pooling_saves_a_place_in_the_window_and_is_exact(data):
+    axes, batched = data.draw(st.integers(1, 3)), data.draw(st.booleans())
+    one = lambda least, most: data.draw(st.lists(st.integers(least, most), min_size=axes, max_size=axes))  # noqa: E731
+    kernel, stride, dilation, extra = one(1, 4), one(1, 3), one(1, 3), one(0, 5)
+    padding = [data.draw(st.integers(0, k // 2)) for k in kernel]
+    sizes = [(k - 1) * d + 1 + e for k, d, e in zip(kernel, dilation, extra, strict=True)]
+    arguments = (kernel, stride, padding, dilation, data.draw(st.booleans()))
+    function = data.draw(st.sampled_from(POOLS[axes]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    x = torch.randint(-3, 4, (*((2,) if batched else ()), 3, *sizes), generator=generator).double()  # with ties
+    x = x.requires_grad_()
+    y = function(x, *arguments)
+    upstream = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    (exact,) = torch.autograd.grad(y, x, upstream)
+    with saved_bytes(NOTHING) as told, compressed():
+        coded = function(x, *arguments)
+    (gradient,) = torch.autograd.grad(coded, x, upstream)
+    assert torch.equal(coded, y)
+    assert torch.allclose(gradient, exact, rtol=1e-14, atol=1e-14)
+    bits = next(bits for bits in (1, 2, 4, 8) if 2**bits >= math.prod(kernel))
+    assert told == {"outside": -(-y.numel() * bits // 8)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("layer", "bits"),
+    [(nn.MaxPool2d(2), 2), (nn.MaxPool2d(3, 2, 1), 4), (nn.MaxPool1d(16), 4), (nn.MaxPool3d((1, 2, 1)), 1)],
+)
+def test_max_pooling_of_modules_has_the_gradient_bit_for_bit(layer, bits, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, *((160,) if isinstance(layer, nn.MaxPool1d) else (16, 16))).to(dtype).requires_grad_()
+    y = layer(x)
+    (exact,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    with saved_bytes(layer) as told, compressed():
+        coded = layer(x)
+    assert torch.equal(coded, y)
+    assert torch.equal(torch.autograd.grad(coded, x, torch.ones_like(y))[0], exact)
+    assert told == {type(layer).__name__: y.numel() * bits // 8}
+
+
+def test_windows_of_more_than_eight_bits_and_returned_places_stay_with_torch():
+    x = torch.randn(1, 1, 34, 34, requires_grad=True)
+    with saved_bytes(NOTHING) as told, compressed():
+        y = F.max_pool2d(x, 17)
+        _, index = F.max_pool2d(x, 2, return_indices=True)
+    assert told["outside"] >= 4 * 34 * 34
+    assert type(y.grad_fn).__name__ == "MaxPool2DWithIndicesBackward0"
+    assert index.dtype == torch.long
 
 
 def test_a_linear_layer_with_a_frozen_weight_and_a_trained_bias_saves_no_input():

@@ -1,4 +1,4 @@
-"""AdapterFusion over adapters of one model: its spec's "What must hold", files, removal, and the matrix's checks."""
+"""AdapterFusion over adapters of one model: its spec's "What must hold", files and removal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.methods import AdapterFusion, LoRA, Pfeiffer
 from shared.methods.adapter_fusion import distance, from_adapter_hub, frozen
 from shared.sites import Site, Sites
 from tests.shared.hosts import HOSTS
-from tests.shared.test_capabilities import CAPABILITIES, excluded, out, rows
+from tests.shared.test_capabilities import out, rows
 
 MEMBERS = {"a": None, "b": None, "c": None}
 
@@ -200,6 +200,57 @@ def test_its_file_holds_the_fusion_alone_and_members_come_from_theirs(tmp_path):
     assert torch.equal(out(other.eval(), inputs), expected)
 
 
+def test_a_member_that_changed_since_is_noticed(tmp_path):
+    model, inputs = with_members("bert")
+    for name in MEMBERS:
+        model.activate(name)
+        model.save(tmp_path / name)
+    model.add(AdapterFusion(members=MEMBERS), name="fusion")
+    noisy(model, "fusion", 5)
+    model.save(tmp_path / "fusion")
+    digests = store.read_header(tmp_path / "fusion")["method"]["digests"]
+    assert list(digests) == list(MEMBERS)
+    assert len(set(digests.values())) == 3
+    expected = out(model.eval(), inputs)
+
+    def again(**names) -> Adapted:
+        torch.manual_seed(1)
+        backbone, _, sites = HOSTS["bert"]()
+        members = {name: tmp_path / file for name, file in names.items()}
+        return adapt(backbone, AdapterFusion(members=members), sites=sites, name="fusion")
+
+    same = again(x="c", y="a", z="b")  # names and order are free
+    same.load(tmp_path / "fusion")
+    assert torch.allclose(out(same.eval(), inputs), expected, atol=1e-6)
+    model.activate("b")
+    noisy(model, "b", 3, 1e-6)
+    model.save(tmp_path / "b")
+    changed = again(a="a", b="b", c="c")
+    before = {n: t.clone() for n, t in changed.trained_state().items()}
+    for fusion, message in (
+        (changed, "made with other adapters: b of this AdapterFusion changed since or was not among them, b of theirs"),
+        (again(a="a", c="c"), "made with other adapters: none of this AdapterFusion .*, b of theirs is not here"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            fusion.load(tmp_path / "fusion")
+    assert all(torch.equal(t, before[n]) for n, t in changed.trained_state().items())
+    model.activate("b")
+    model.save(tmp_path / "b", metrics={"accuracy": 0.5})  # the same weights again, told otherwise
+    model.activate("fusion")
+    model.save(tmp_path / "fusion")
+    again(a="a", b="b", c="c").load(tmp_path / "fusion")
+
+
+def test_an_activation_that_changed_is_noticed(tmp_path):
+    model, _ = with_members("bert")
+    model.add(AdapterFusion(members=MEMBERS), name="fusion")
+    model.save(tmp_path / "fusion")
+    other, _ = with_members("bert", activation="gelu")
+    other.add(AdapterFusion(members=MEMBERS), name="fusion")
+    with pytest.raises(RequestError, match="made with other adapters: a, b, c of this"):
+        other.load(tmp_path / "fusion")
+
+
 def test_a_member_with_a_head_of_its_own_is_taken_without_it(tmp_path):
     torch.manual_seed(1)
     backbone, _, sites = HOSTS["bert"]()
@@ -309,36 +360,3 @@ def test_names_of_adapter_hub_are_ours():
     assert from_adapter_hub("bert.encoder.layer.0.output.dense.weight", keys) is None
     with pytest.raises(RequestError, match="the adapter has 2 sites, no layer 7"):
         from_adapter_hub("bert.encoder.layer.7.output.adapters.sst.adapter_up.bias", keys)
-
-
-class Fused:
-    """A case of the capability matrix: a fusion of finished members."""
-
-    def __init__(self, host: str):
-        self.host = host
-        self.model, self.inputs = with_members(host)
-        self.backbone, self.method = self.model.backbone, AdapterFusion(members=MEMBERS, dropout=0.0)
-        with self.model.disabled():
-            self.bare = out(self.model, self.inputs)
-        self.model.add(self.method, example=self.inputs)
-
-    def perturb(self, name: str = "default", seed: int = 0) -> Fused:
-        noisy(self.model, name, seed)
-        return self
-
-
-# What the matrix asks of the only adapter of a model is tested above, as is the start, a mean of the members.
-ABOVE = {"identity_at_start", "disable_and_remove_restore", "gradient_reaches_exactly_the_adapter", "save_and_load"}
-ASKED = [name for name in CAPABILITIES if name not in ABOVE | {"trains_what_its_record_says"}]
-
-
-@pytest.mark.parametrize("name", ASKED)
-def test_a_fusion_does_what_the_matrix_asks(name):
-    if reason := excluded("AdapterFusion").get(name):
-        pytest.skip(reason)
-    CAPABILITIES[name](Fused("bert"))
-
-
-@pytest.mark.parametrize("name", ["per_sample_equals_row_by_row", "ten_adapters_switch", "training_equals_inference"])
-def test_a_fusion_where_blocks_end_without_a_norm(name):
-    CAPABILITIES[name](Fused("vit"))

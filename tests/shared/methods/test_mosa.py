@@ -14,10 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from modalities.images.backbones import TimmViT
 from shared.adapted import adapt
-from shared.blocks.split import Split, owners
+from shared.blocks.split import Split, owners, symmetric_divergence
+from shared.blocks.split_adapters import SplitBottleneck
 from shared.errors import RequestError, WorkError
+from shared.interop.mosa import load_official, merged_state
 from shared.methods import MoSA
-from shared.methods.mosa import Sparse, load_official, merged_state, symmetric_divergence
 from tests.shared.hosts import SMALL_TEXT, bert, bloom, llama, vit
 
 
@@ -44,8 +45,8 @@ def model(**arguments):
     return adapt(backbone, MoSA(**{"width": 4, "dropout": 0.0, **arguments})), image
 
 
-def adapters(adapted) -> list[Sparse]:
-    return [a for a in adapted.bank["default"].values() if isinstance(a, Sparse)]
+def adapters(adapted) -> list[SplitBottleneck]:
+    return [a for a in adapted.bank["default"].values() if isinstance(a, SplitBottleneck)]
 
 
 def draw(adapted, down: int, up: int) -> None:
@@ -126,7 +127,7 @@ def split_vit(**arguments):
     return trained(adapted, torch.randn(3, 3, 32, 40))
 
 
-def on_stream(adapted, depth: int) -> tuple[Sparse, Sparse]:
+def on_stream(adapted, depth: int) -> tuple[SplitBottleneck, SplitBottleneck]:
     bank, block = adapted.bank["default"], f"model/blocks/{depth}"
     return bank[f"{block}/norm2"], bank[block]
 
@@ -195,7 +196,9 @@ def test_the_mean_over_draws_of_each_houlsby_adapter_is_its_merged_output(adapte
 def test_houlsby_counts_and_has_no_official_file():
     adapted = adapt(vit_base(), MoSA(width=64, **HOULSBY))
     assert adapted.count()["adapter"] == 12 * 2 * (2 * 64 * 768 + 64 + 4 * 768)
-    with pytest.raises(RequestError, match="'default' has style houlsby: the official files name one adapter a block"):
+    with pytest.raises(
+        RequestError, match="'default' has style houlsby: the official files name one MoSA adapter a block"
+    ):
         merged_state(adapted)
 
 
@@ -334,7 +337,7 @@ def test_checkpointing_is_right_with_one_pass_and_refused_with_two(style):
             again_and_again(adapted)
         adapted.loss(task, image).backward()
         grads.append(adapters(adapted)[0].up.weight.grad)
-        assert all(a.seen is None for a in adapted.bank["default"].values() if not isinstance(a, Sparse))
+        assert all(a.seen is None for a in adapted.bank["default"].values() if not isinstance(a, SplitBottleneck))
     assert torch.equal(*grads)
     adapted, image = model(**style)
     adapted.train().step(0)

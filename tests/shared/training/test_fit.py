@@ -299,3 +299,52 @@ def test_engine_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="16-mixed"):
         fit(line(), Data(), Engine(epochs=1, precision="16-mixed", device="cpu"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_adapters_dropped_in_training_are_drawn_anew_each_step_and_alike_after_an_interruption(tmp_path: Path) -> None:
+    drawn: dict[str, list[int]] = {}
+
+    def watched(name: str):
+        task, seen = line(), drawn.setdefault(name, [])
+        plain = task.loss
+
+        def loss(samples):
+            result = plain(samples)
+            seen.append(task.model.state.drawn)
+            below, above = (p.requires_grad for p in (task.model.backbone[0](samples["x"]), result))
+            assert below != bool(seen[-1])  # nothing of the first layer is in the graph where its adapter rests
+            assert above
+            return result
+
+        task.loss = loss
+        return task
+
+    whole, engine = watched("whole"), Engine(epochs=4, adapter_drop=1)
+    torch.manual_seed(11)
+    expected = fit(whole, Data(), engine, tmp_path / "whole")
+    assert len(drawn["whole"]) == 20
+    assert 3 < sum(drawn["whole"]) < 17
+    assert (whole.model.state.most, whole.model.state.drawn) == (0, 0)
+    first = interrupt(watched("first"), epoch=2)
+    torch.manual_seed(11)
+    with pytest.raises(Interrupted):
+        fit(first, Data(), engine, tmp_path / "parts")
+    found = fit(watched("second"), Data(), engine, tmp_path / "parts", resume=True)
+    assert drawn["second"] == drawn["whole"][10:]
+    assert found["test"] == expected["test"]
+
+
+def test_wrong_drops_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"trainer.adapter_drop -1: use 0 or more"):
+        Engine(epochs=1, adapter_drop=-1)
+    with pytest.raises(
+        RequestError, match=r"AdapterDrop of 2 blocks: LoRA 'default' acts in blocks 0 to 1: use 1 to 1"
+    ):
+        fit(line(), Data(), Engine(epochs=1, adapter_drop=2), tmp_path)
+
+
+def test_a_tensor_that_never_trains_is_an_error_with_drops_too(tmp_path: Path) -> None:
+    task = line()
+    task.model.head.unused = torch.nn.Parameter(torch.ones(2))  # type: ignore[union-attr]
+    with pytest.raises(WorkError, match=r"no gradient reaches head.unused \(1 of \d+ trainable tensors\)"):
+        fit(task, Data(), Engine(epochs=4, adapter_drop=1), tmp_path)
