@@ -35,6 +35,7 @@ def reduced(width: int, reduction: int, where: str) -> int:
 class Bottleneck(nn.Module):
     """``scale * up(act(down(dropout(x))))``: x (..., inputs) to (..., outputs), in float32 whatever flows.
 
+    layout: of what flows (``Site.layout``); with "BCHW" x is (B, inputs, H, W).
     width: channels inside.  scale: a number, or "learned" (a scalar that starts at 1).
     start: "zero" (down Kaiming-uniform with a = sqrt 5, up zero: adds nothing at first; He et al., 2022) or "normal"
     (both normal with deviation 0.02, biases zero).
@@ -49,14 +50,14 @@ class Bottleneck(nn.Module):
     def __init__(
         self, inputs: int, outputs: int, width: int, *, activation: str = "relu", bias: bool = True,
         dropout: float = 0.0, start: Start = "zero", scale: float | Literal["learned"] = 1.0, where: str = "adapter",
-        layers: tuple[nn.Module, nn.Module] | None = None,
+        layers: tuple[nn.Module, nn.Module] | None = None, layout: str = "BNC",
     ):  # fmt: skip
         super().__init__()
         if width < 1:
             raise RequestError(f"bottleneck width {width} at {where}: use at least 1")
         if activation not in ACTIVATIONS:
             raise RequestError(f"activation {activation!r} at {where}: use one of {', '.join(ACTIVATIONS)}")
-        self.activation, self.dropout = activation, float(dropout)
+        self.activation, self.dropout, self.axis = activation, float(dropout), 1 if layout == "BCHW" else -1
         self.down, self.up = layers or (nn.Linear(inputs, width, bias=bias), nn.Linear(width, outputs, bias=bias))
         self.scale = nn.Parameter(ones(())) if scale == "learned" else float(scale)
         if layers is None:
@@ -73,5 +74,5 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.dropout(x, self.dropout, self.training).to(next(self.down.parameters()).dtype)
-        return (self.up(ACTIVATIONS[self.activation](self.down(h))) * self.scale).to(x.dtype)
+        h = F.dropout(x, self.dropout, self.training).to(next(self.down.parameters()).dtype).movedim(self.axis, -1)
+        return (self.up(ACTIVATIONS[self.activation](self.down(h))) * self.scale).movedim(-1, self.axis).to(x.dtype)

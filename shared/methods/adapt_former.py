@@ -42,6 +42,7 @@ class AdaptFormer(Method):
 
     def build(self, site: Site) -> Beside:
         branch = Bottleneck(
-            site.width, site.width, self.width, dropout=self.dropout, scale=self.scale, where=site.key
+            site.width, site.width, self.width, dropout=self.dropout, scale=self.scale, where=site.key,
+            layout=site.layout,
         )  # fmt: skip
         return Beside(branch)

@@ -46,7 +46,7 @@ class _OnLinears(Method):
     def branch(self, inputs: int, outputs: int, site: Site) -> Bottleneck:
         return Bottleneck(
             inputs, outputs, self.width, activation=self.activation, bias=False, dropout=self.dropout,
-            scale=self.scale, start=self.start, where=site.key,
+            scale=self.scale, start=self.start, where=site.key, layout=site.layout,
         )  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""Frozen image backbones: timm vision transformers and open_clip image towers."""
+"""Frozen image backbones: timm vision transformers, open_clip image towers, LowFormer and EfficientMod."""
 
+from modalities.images.backbones.efficientmod import EfficientMod as EfficientMod
+from modalities.images.backbones.lowformer import LowFormer as LowFormer
 from modalities.images.backbones.open_clip_tower import OpenClipTower as OpenClipTower
 from modalities.images.backbones.timm_vit import TimmViT as TimmViT

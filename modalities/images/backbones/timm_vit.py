@@ -21,13 +21,13 @@ from modalities.images.backbones.inputs import (
     pair,
 )
 from modalities.images.backbones.sites import timm_sites
+from modalities.images.backbones.timm_hub import HUB_FILES, repository
 from shared import weights as w
 from shared.backbone import Embedded, TokenBackbone
 from shared.errors import RequestError
 from shared.sites import Sites
 
 FAMILIES = ("vision_transformer", "deit", "eva")
-HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 OURS = ("img_size", "patch_size", "in_chans", "num_classes", "dynamic_img_size", "pretrained")
 
 
@@ -165,10 +165,10 @@ def _check_name(timm: Any, name: str) -> None:
 
 def _load(model: Any, name: str, bands: int, checkpoint: str | None) -> str:
     """Fill the model from a file or the hub and say which; on the meta device nothing is read."""
-    source = f"file: {checkpoint}" if checkpoint is not None else f"timm hub: {_repository(name)}"
+    source = f"file: {checkpoint}" if checkpoint is not None else f"timm hub: {repository(name)}"
     if w.is_meta(model):
         return f"{source} (not loaded: meta device)"
-    file = checkpoint if checkpoint is not None else w.fetch(name, _repository(name), HUB_FILES)
+    file = checkpoint if checkpoint is not None else w.fetch(name, repository(name), HUB_FILES)
     state = w.read(file)
     try:
         state = _convert(model, name, state)
@@ -193,13 +193,3 @@ def _convert(model: Any, name: str, state: dict[str, Tensor]) -> dict[str, Tenso
             options["align_corners"] = True
     with contextlib.redirect_stdout(io.StringIO()):  # timm prints an exception for every bias it drops
         return convert(state, model, **options)
-
-
-def _repository(name: str) -> str:
-    """The hub repository of timm's weights for a name."""
-    config = library("timm").get_pretrained_cfg(name)
-    if config is None or not (config.hf_hub_id or config.url):
-        raise RequestError(f"{name}: timm has no weights for it; give checkpoint=FILE or weights='random'")
-    if not config.hf_hub_id:
-        raise RequestError(f"{name}: not on the hub; download {config.url} and give it as checkpoint=FILE")
-    return config.hf_hub_id

@@ -3,6 +3,7 @@
 Every head is called with ``(features, size)``, and offers ``loss(output, mask)`` and ``predict(output, size)``.
 """
 
+from modalities.remote_sensing.heads.fpn import SemanticFPN as SemanticFPN
 from modalities.remote_sensing.heads.light import LightDecoder as LightDecoder
 from modalities.remote_sensing.heads.light import LinearDecoder as LinearDecoder
 from modalities.remote_sensing.heads.light import PixelDecoder as PixelDecoder

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modalities.remote_sensing.heads import LightDecoder, LinearDecoder, PixelDecoder
+from modalities.remote_sensing.heads import LightDecoder, LinearDecoder, PixelDecoder, SemanticFPN
 from modalities.remote_sensing.heads.light import dark_objects
 from modalities.remote_sensing.losses import cross_entropy_dice
 from shared.backbone import Features
@@ -166,3 +166,22 @@ def test_pixel_decoder_trains_every_parameter_once_it_has_begun_and_refuses_maps
         PixelDecoder((6,), 4)
     with pytest.raises(RequestError, match="dropout 1"):
         PixelDecoder((3, 6), 4, dropout=1.0)
+
+
+def test_semantic_fpn_sums_levels_of_any_sizes_and_every_parameter_trains() -> None:
+    head = SemanticFPN((16, 24, 8, 8), 4, width=16, inner=8)
+    maps = features((16, 25, 41), (24, 13, 21), (8, 7, 11), (8, 4, 6))
+    output = head(maps, (100, 161))
+    assert output.shape == (2, 4, 100, 161)
+    head.loss(output, torch.randint(0, 4, (2, 100, 161))).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
+    assert [len(steps) for steps in head.levels] == [1, 1, 2, 3]  # strides 4 to 32: doublings 0 to 3
+    with pytest.raises(RequestError, match="fine to coarse"):
+        head(features((16, 4, 6), (24, 13, 21), (8, 7, 11), (8, 4, 6)), (100, 161))
+
+
+def test_semantic_fpn_has_the_published_size() -> None:
+    head = SemanticFPN((32, 64, 144, 312), 150)
+    pyramid = sum((c + 1) * 256 for c in (32, 64, 144, 312)) + 4 * (9 * 256 * 256 + 256)
+    levels = 4 * (9 * 256 * 128 + 256) + 3 * (9 * 128 * 128 + 256)
+    assert sum(p.numel() for p in head.parameters()) == pyramid + levels + 128 * 150 + 150
