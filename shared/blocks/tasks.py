@@ -16,6 +16,10 @@ from shared.errors import RequestError
 ALL = "all"  # the branch that serves every task
 
 
+class ByTask(Bank):
+    """What each task has of its own, by its name."""
+
+
 def task_of(context: Context, tasks: Iterable[str]) -> str:
     """The task of this call: ``context.task``, or the only one there is. Raises RequestError where it is not known."""
     known = tuple(tasks)
@@ -43,7 +47,7 @@ class AfterByTask(Adapter):
         self, branches: Mapping[str, nn.Module], before: nn.Module | None = None, after: nn.Module | None = None
     ):
         super().__init__()
-        self.branches = Bank(branches)
+        self.branches = ByTask(branches)
         self.before, self.after = before or nn.Identity(), after or nn.Identity()
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
