@@ -73,5 +73,13 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.inner(x)).to(x.dtype)
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What it holds of x after its activation, (..., width)."""
         h = F.dropout(x, self.dropout, self.training).to(next(self.down.parameters()).dtype)
-        return (self.up(ACTIVATIONS[self.activation](self.down(h))) * self.scale).to(x.dtype)
+        return ACTIVATIONS[self.activation](self.down(h))
+
+    def outer(self, z: Tensor) -> Tensor:
+        """What comes of that, (..., outputs)."""
+        return self.up(z) * self.scale
