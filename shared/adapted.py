@@ -70,6 +70,8 @@ class Adapted(nn.Module):
         self.prepared: set[str] = set()
         self.state = State()
         self.context: Context = backbone.context if isinstance(backbone, Backbone) else Context()
+        if isinstance(getattr(head, "context", None), Context):
+            head.context = self.context  # type: ignore[union-attr]
         self.saving: Saving | None = None
         self._sites = sites
         self._fingerprint: str | None = None
@@ -211,8 +213,8 @@ class Adapted(nn.Module):
         """Run the backbone and the head.
 
         adapters: one adapter name (or None) for each sample of the batch, in place of the active ones.
-        context: named values for this call's adapters. The head gets the backbone's output and the spatial size of
-        the first input.
+        context: named values for this call's adapters, and for a head that has a ``context``. The head gets the
+        backbone's output and the spatial size of the first input.
         """
         if adapters is not None:
             return run_by_rows(self, adapters, args, {**kwargs, "context": context})

@@ -89,6 +89,8 @@ def _data(described: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in ("kind", "classes", "band_names", "window", "vocabulary"):
         if key in described:
             value = described[key]
+            if isinstance(value, Mapping):  # of several tasks
+                value = [f"{task}: {' / '.join(map(str, names))}" for task, names in value.items()]
             yield key, ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     for split, facts in (described.get("splits") or {}).items():
         yield f"{split} split", "; ".join(_counts(facts)) if isinstance(facts, Mapping) else str(facts)

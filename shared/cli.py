@@ -125,6 +125,7 @@ def _on_runs(add: Callable[..., _Parser]) -> None:
         "-o", "--output", metavar="OUT", type=Path, required=True, help="a file for one, else a folder"
     )
     predict.add_argument("--as", dest="kind", choices=("classes", "probabilities", "polygons"), help="what to write")
+    predict.add_argument("--task", metavar="NAME", help="which of the tasks of a run that has several")
     predict.add_argument("--window", metavar="N", type=int, help="pixels a side (default: as trained)")
     predict.add_argument("--overlap", metavar="N", type=int, help="pixels neighbours share (default: half a window)")
     predict.add_argument("--bands", metavar="N,N", type=_numbers, help="which bands to read, whatever their names")
@@ -194,6 +195,10 @@ def _predict(asked: argparse.Namespace) -> None:
 
     trained = run.load(asked.run)
     options = {name: getattr(asked, name) for name in ("kind", "window", "overlap", "bands", "overwrite")}
+    if getattr(trained.task, "tasks", ()):
+        options["task"] = asked.task
+    elif asked.task is not None:
+        raise RequestError(f"--task {asked.task}: {asked.run} has one task, which has no name")
     trained.task.predict_files(
         asked.inputs, asked.output, described=trained.described, identity=trained.identity, **options
     )

@@ -159,10 +159,10 @@ def _data(planned: Sequence[Planned]) -> list[Any]:
     """The data of each training, in its order: one object for all that describe the same."""
     built: dict[str, Any] = {}
     for one in planned:
-        key = repr(one.recipe.sections["data"].arguments)
+        key = repr(one.recipe.sections["data"])
         if key not in built:
             built[key] = one.recipe.build("data")
-    return [built[repr(one.recipe.sections["data"].arguments)] for one in planned]
+    return [built[repr(one.recipe.sections["data"])] for one in planned]
 
 
 def _fitting(planned: Sequence[Planned], data: list[Any], *, skip: bool) -> tuple[list[Planned], list[Any]]:

@@ -111,11 +111,13 @@ def forget_peak() -> None:
 
 
 def _trial(task: Task, engine: Engine, watch: Callback) -> Task:
-    """A copy that is watched while it trains. Frozen parameters are shared, for they are most of the memory, but not
+    """A copy that is watched while it trains. Frozen weights are shared, for they are most of the memory, but not
     where training converts them in place."""
-    shared = () if engine.precision == "64" else (p for p in task.parameters() if not p.requires_grad)
+    parameters = task.model.backbone.parameters()
+    shared = () if engine.precision == "64" else (p for p in parameters if not p.requires_grad)
     trial = copy.deepcopy(task, {id(parameter): parameter for parameter in shared})
     trial.optimiser = replace(task.optimiser, warmup=0)  # longer than a trial it would be refused
+    trial.silent = set()  # so few batches may not be of every task
     trial.configure_callbacks = lambda: [watch]
     return trial
 

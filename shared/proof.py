@@ -89,8 +89,8 @@ def _silent(model: Any, modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _unreached(modules: dict[str, nn.Module], output: Tensor) -> list[str]:
-    """Keys of the modules none of whose parameters has a gradient other than zero."""
-    parameters = list({id(p): p for module in modules.values() for p in module.parameters()}.values())
+    """Keys of the modules none of whose parameters has a gradient other than zero; frozen ones have none."""
+    parameters = list({id(p): p for m in modules.values() for p in m.parameters() if p.requires_grad}.values())
     if not parameters or not output.requires_grad:
         return [key for key, module in modules.items() if any(True for _ in module.parameters())]
     gradients = torch.autograd.grad(output, parameters, allow_unused=True)

@@ -1,7 +1,8 @@
 """Recipes: YAML whose keys are constructor arguments, checked whole against the signatures before anything is built.
 
 A recipe has the sections ``task, data, backbone, method, head, optimiser, trainer`` and a ``seed``. A section names a
-class (``type``, a name that ``shared.catalog`` finds) and gives its keyword-only arguments; the run wires in the rest.
+class (``type``, a name that ``shared.catalog`` finds) and gives its keyword-only arguments; the run wires in the rest
+(``shared.section``).
 Data whose ``seed`` is None unless given are drawn by the run's.
 ``tiny`` holds the overrides of a quick run, merged deep. ``compare`` holds, by name, the overrides of each way that
 ``omniadapt compare`` trains by default. Where ``tiny`` or a command line changes a section's ``type``,
@@ -11,9 +12,8 @@ the section starts empty: settings of one class never leak into another.
 from __future__ import annotations
 
 import inspect
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,17 +21,10 @@ from typing import Any
 
 from shared import catalog
 from shared.errors import RequestError
+from shared.section import ONLY, Section
+from shared.section import check as section_of
 
 REQUIRED = ("task", "data", "backbone", "method")
-ONLY = {"optimiser": "Optimiser", "trainer": "Engine"}  # the type of a section that need not say it
-
-
-@dataclass(frozen=True)
-class Section:
-    """One class of a recipe and its checked arguments."""
-
-    entry: catalog.Entry
-    arguments: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -62,19 +55,14 @@ class Recipe:
             what = f"{chosen.entry.name} needs {lacking[0]}, which neither the data's settings nor the backbone state"
             raise RequestError(f"{self.source}: {section}: {what}")
         try:
-            return kind(*(wired[name] for name in wants), **chosen.arguments)
+            return chosen.build(*(wired[name] for name in wants))
         except RequestError as error:
             where = "" if str(error).startswith(section) else f"{section}: "
             raise RequestError(f"{self.source}: {where}{error}") from error
 
     def outline(self) -> SimpleNamespace:
-        """The data's ``bands`` and ``classes`` as its settings or its class state them, None where only files tell."""
-        kind, given = self.sections["data"].entry.load(), self.sections["data"].arguments
-        defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
-        bands = given.get("bands") or given.get("band_names") or defaults.get("bands") or getattr(kind, "bands", None)
-        classes = given.get("classes") or getattr(kind, "classes", None)
-        count = bands if isinstance(bands, int) else len(bands) if isinstance(bands, Sequence) else None
-        return SimpleNamespace(bands=count, classes=tuple(classes) if isinstance(classes, Sequence) else None)
+        """The data's ``bands`` and ``classes`` as far as its settings or its class state them (``Section.outline``)."""
+        return self.sections["data"].outline()
 
     def replaced(self, **sections: Any) -> Recipe:
         """The same recipe with other settings, checked again; the rule for a changed ``type`` holds here too."""
@@ -225,7 +213,7 @@ def check(tree: Mapping[str, Any], name: str, source: Path, *, files: bool = Tru
     sections: dict[str, Section] = {}
     for key, value in tree.items():
         if key in catalog.KINDS:
-            section = _section(key, value, problems, files)
+            section = section_of(key, key, value, problems, files)
             sections |= {key: section} if section else {}
         elif key != "seed":
             problems.append(
@@ -237,9 +225,7 @@ def check(tree: Mapping[str, Any], name: str, source: Path, *, files: bool = Tru
     if problems:
         many = f"{len(problems)} problems\n  " if len(problems) > 1 else ""
         raise RequestError(f"{source}: {many}" + "\n  ".join(problems))
-    if any(a.name == "seed" and a.default == "None" for a in sections["data"].entry.arguments):
-        given = sections["data"].arguments
-        given["seed"] = tree["seed"] if given.get("seed") is None else given["seed"]
+    sections["data"].drawn_by(tree["seed"])
     for key in ("optimiser", "trainer"):
         sections.setdefault(key, Section(catalog.find(ONLY[key], key), {}))
     return Recipe(name, source, tree, sections, _variants(variants, tree, name, source, files))
@@ -257,60 +243,3 @@ def _variants(variants: Any, tree: Mapping[str, Any], name: str, source: Path, f
         except RequestError as error:
             raise RequestError(str(error).replace(f"{source}: ", f"{source}: compare.{label}: ", 1)) from error
     return {str(label): dict(over) for label, over in variants.items()}
-
-
-def _section(key: str, value: Any, problems: list[str], files: bool) -> Section | None:
-    if not isinstance(value, Mapping):
-        problems.append(f"{key}: wants a mapping with a type and its settings, got {value!r}")
-        return None
-    given = dict(value)
-    kind = given.pop("type", ONLY.get(key))
-    if not isinstance(kind, str):
-        problems.append(f"{key}.type: wants the name of a {key}, got {kind!r}")
-        return None
-    try:
-        entry = catalog.find(kind, key)
-    except RequestError as error:
-        problems.append(f"{key}.type: {error}")
-        return None
-    known = {argument.name: argument for argument in entry.arguments}
-    for name in (n for n in given if n not in known):
-        have = f" (it has: {', '.join(known)})" if known else " (it has none)"
-        problems.append(f"{key}.{name}: {entry.name} has no such setting{catalog.nearest(str(name), known) or have}")
-    problems += [
-        f"{key}.{a.name}: {entry.name} needs it ({a.type})"
-        for a in entry.arguments
-        if a.required and a.name not in given
-    ]
-    pairs = [(a, given[a.name]) for a in entry.arguments if a.name in given]
-    return Section(entry, {a.name: _value(f"{key}.{a.name}", entry, a, v, problems, files) for a, v in pairs})
-
-
-def _value(
-    path: str, entry: catalog.Entry, argument: catalog.Argument, value: Any, problems: list[str], files: bool
-) -> Any:
-    """The value as its type wants it (a Path, a tuple …), strictly: "8" is no number and 1 is no truth value."""
-    try:
-        from pydantic import ConfigDict, TypeAdapter, ValidationError
-    except ImportError as error:
-        raise RequestError("recipes need pydantic: pip install 'omniadapt[run]'") from error
-    adapter = TypeAdapter(entry.annotation(argument), config=ConfigDict(strict=True, allow_inf_nan=False))
-    try:
-        checked = adapter.validate_json(json.dumps(value, default=str))
-    except ValidationError:
-        problems.append(f"{path}: wants {argument.type}, got {value!r}")
-        return None
-    if files:
-        text = "Path" in argument.type and "Literal" not in argument.type
-        absent = [p for p in _paths(checked, text) if not p.exists()]
-        problems += [f"{path}: no such file or folder: {p} (paths are relative to {Path.cwd()})" for p in absent]
-    return checked
-
-
-def _paths(value: Any, text: bool) -> Iterable[Path]:
-    """The paths within a value; ``text`` says that strings are paths too (the type names both)."""
-    if isinstance(value, Path) or (text and isinstance(value, str)):
-        yield Path(value)
-    elif isinstance(value, (list, tuple, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _paths(item, text)

@@ -6,7 +6,7 @@ import json
 import logging
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from functools import partial
@@ -157,9 +157,11 @@ def build(recipe: Recipe, data: Any) -> Adapted:
     backbone = recipe.build("backbone", bands=getattr(data, "bands", None))
     seed(recipe.seed)
     classes = getattr(data, "classes", None)
+    tasks = {task: len(names) for task, names in classes.items()} if isinstance(classes, Mapping) else None
     channels = getattr(backbone, "channels", None)
     summary_width = getattr(backbone, "summary_width", channels and channels[-1])
-    head = recipe.build("head", channels=channels, summary_width=summary_width, classes=classes and len(classes))
+    count = None if tasks else classes and len(classes)
+    head = recipe.build("head", channels=channels, summary_width=summary_width, classes=count, tasks=tasks)
     seed(recipe.seed)
     method = recipe.build("method")
     try:

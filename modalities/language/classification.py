@@ -30,6 +30,8 @@ class TextClassification(Task):
 
     def __init__(self, model: Adapted, data: Any, optimiser: Optimiser):
         super().__init__(model, optimiser)
+        if isinstance(data.classes, Mapping):
+            raise RequestError("data of several tasks need the task MultiTaskTextClassification")
         self.classes, head = tuple(data.classes), model.head
         if not (hasattr(head, "loss") and hasattr(head, "predict")):
             raise RequestError("text classification needs a head: TextHead")

@@ -1,8 +1,8 @@
-"""The head of text classification: the states of a text pooled to one vector, and a linear classifier."""
+"""The heads of text classification: the states of a text pooled to one vector, and a linear classifier, or several."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modalities.language.backbones import Hidden
+from shared.blocks.tasks import ByTask, task_of
+from shared.context import Context
 from shared.errors import RequestError
 
 POOLINGS = ("mean", "first", "last", "pooler")
@@ -38,6 +40,36 @@ class TextHead(nn.Module):
         """States (B, N, C) of texts to logits (B, classes)."""
         pooled = pool(hidden, self.pooling).to(self.classify.weight.dtype)
         return self.classify(F.dropout(pooled, self.dropout, self.training))
+
+    def loss(self, output: Tensor, label: Tensor) -> Tensor:
+        """output: logits (B, classes).  label: (B,).  Cross entropy."""
+        return F.cross_entropy(output.float(), label)
+
+    def predict(self, output: Tensor, size: tuple[int, ...] = ()) -> Tensor:
+        """Class probabilities (B, classes)."""
+        return output.float().softmax(1)
+
+
+class TextHeads(nn.Module):
+    """A ``TextHead`` for each task, of which a call's own is used: ``model(..., context={"task": "sentiment"})``.
+
+    channels: of the backbone's states, the last counts.  tasks: number of classes by task.
+    pooling, dropout: those of ``TextHead``.
+    """
+
+    def __init__(
+        self, channels: Sequence[int], tasks: Mapping[str, int], *,
+        pooling: Literal["mean", "first", "last", "pooler"] = "mean", dropout: float = 0.0,
+    ):  # fmt: skip
+        super().__init__()
+        self.context, self.classes = Context(), dict(tasks)
+        self.heads = ByTask(
+            {task: TextHead(channels, classes, pooling=pooling, dropout=dropout) for task, classes in tasks.items()}
+        )
+
+    def forward(self, hidden: Hidden, size: tuple[int, ...] = ()) -> Tensor:
+        """States (B, N, C) of one task's texts to its logits (B, classes)."""
+        return self.heads[task_of(self.context, self.heads)](hidden)
 
     def loss(self, output: Tensor, label: Tensor) -> Tensor:
         """output: logits (B, classes).  label: (B,).  Cross entropy."""

@@ -74,5 +74,13 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.dropout(x, self.dropout, self.training).to(next(self.down.parameters()).dtype).movedim(self.axis, -1)
-        return (self.up(ACTIVATIONS[self.activation](self.down(h))) * self.scale).movedim(-1, self.axis).to(x.dtype)
+        return self.outer(self.inner(x.movedim(self.axis, -1))).movedim(-1, self.axis).to(x.dtype)
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What it holds of x (..., inputs) after its activation, (..., width)."""
+        h = F.dropout(x, self.dropout, self.training).to(next(self.down.parameters()).dtype)
+        return ACTIVATIONS[self.activation](self.down(h))
+
+    def outer(self, z: Tensor) -> Tensor:
+        """What comes of that, (..., outputs)."""
+        return self.up(z) * self.scale

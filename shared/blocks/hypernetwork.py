@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.adapted import Bank
+from shared.blocks.tasks import ByTask
 
 
 class HyperNetwork(nn.Module):
@@ -20,18 +21,19 @@ class HyperNetwork(nn.Module):
     weight and bias. Each place has maps of its own, unless one set serves all (``unique``): then the place is embedded
     too.
 
-    embeddings: (tasks, C), normal; hypernetworks may share it.  hidden, projected: widths of ``project``.
+    embeddings: (1, C) by task, normal; hypernetworks may share them.  hidden, projected: widths of ``project``.
     deviation: of all linear maps; biases zero.  zero: what gives ``up`` starts at zero.
     """
 
     def __init__(
-        self, embeddings: nn.Parameter, layers: int, places: Sequence[str], width: int, inner: int, *,
+        self, embeddings: ByTask, layers: int, places: Sequence[str], width: int, inner: int, *,
         hidden: int = 128, projected: int = 64, unique: bool = False, norms: Sequence[str] = (),
         deviation: float = 0.01, zero: bool = False,
     ):  # fmt: skip
         super().__init__()
-        self.places, self.unique, size = tuple(places), unique, embeddings.shape[1]
-        self.embeddings = embeddings
+        first: Any = next(iter(embeddings.values()))
+        self.places, self.unique, size = tuple(places), unique, first.embedding_dim
+        self.embeddings: Any = embeddings
         self.layers = nn.Embedding(layers, size)
         self.kinds = nn.Embedding(len(places), size) if unique else None
         self.project = nn.Sequential(
@@ -60,9 +62,9 @@ class HyperNetwork(nn.Module):
         sizes = {name: torch.Size(shape).numel() for name, shape in self.shapes.items()}
         return Bank({name.replace(".", "/"): nn.Linear(projected, size) for name, size in sizes.items()})
 
-    def forward(self, task: int, layer: int, place: str) -> dict[str, Tensor]:
-        """The tensors by name. task, layer: indices."""
-        parts = [self.embeddings[task], self.layers.weight[layer]]
+    def forward(self, task: str, layer: int, place: str) -> dict[str, Tensor]:
+        """The tensors by name. layer: its index."""
+        parts = [self.embeddings[task].weight[0], self.layers.weight[layer]]
         if self.kinds is not None:
             parts.append(self.kinds.weight[self.places.index(place)])
         e = self.norm(self.project(torch.cat(parts)))

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from shared.adapter import Adapter
 from shared.blocks.bottleneck import reduced
 from shared.blocks.hypernetwork import HyperNetwork, bottleneck
 from shared.blocks.placement import on_output, sublayers
-from shared.blocks.tasks import check_tasks, task_of
+from shared.blocks.tasks import ByTask, check_further, check_tasks, freeze, start_from, task_of
 from shared.errors import RequestError
 from shared.method import Method
 from shared.sites import Site, Sites
 from shared.taxonomy import Record
+
+if TYPE_CHECKING:
+    from shared.adapted import Adapted
 
 PLACES = ("mlp", "attention", "cross_attention")
 
@@ -25,12 +28,12 @@ PLACES = ("mlp", "attention", "cross_attention")
 class Generated(Adapter):
     """``y + up(gelu(down(y)))`` with the tensors that ``hyper`` gives for the call's task, this layer and place."""
 
-    def __init__(self, hyper: HyperNetwork, tasks: Sequence[str], layer: int, place: str):
+    def __init__(self, hyper: HyperNetwork, layer: int, place: str):
         super().__init__()
-        self.hyper, self.tasks, self.layer, self.place = hyper, tuple(tasks), layer, place
+        self.hyper, self.layer, self.place = hyper, layer, place
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = self.hyper(self.tasks.index(task_of(self.context, self.tasks)), self.layer, self.place)
+        given = self.hyper(task_of(self.context, self.hyper.embeddings), self.layer, self.place)
 
         def change(y: Tensor) -> Tensor:
             return y + bottleneck(y.to(given["up.bias"].dtype), given).to(y.dtype)
@@ -44,7 +47,9 @@ class Hyperformer(Method):
 
     A call names its task: ``model(..., context={"task": "vqa"})``. All sites must have one width. Sites tagged
     "decoder" have a network of their own, with the same task embeddings; those tagged "cross" are places of their own.
-    tasks: their names.  reduction: width over channels inside (published: 8).  embedding: of tasks, layers and places
+    tasks: their names.  further: tasks added to those of ``earlier``, the adapter file of a run on ``tasks``: all but
+    their own embeddings and heads is taken from it and stays frozen, so the tasks' outputs stay bit for bit what they
+    were.  reduction: width over channels inside (published: 8).  embedding: of tasks, layers and places
     (512).  hidden, projected: widths inside the network (128; class default 64, VL-Adapter's script 8).
     unique: one set of generators for all places, told by an embedding of the place (the paper's "++").
     deviation: of all linear maps at the start (0.01; on BART the published code draws them again with 0.02).
@@ -56,13 +61,16 @@ class Hyperformer(Method):
     record: ClassVar[Record] = Record(
         categories=("additive/multi-task", "additive/adapter"), acts_on="activations", form="sequential",
         mergeable="no", spec="vl_adapter", trains="0",
-        once="embedding * (len(tasks) + depths + (places if unique else 0)) + hidden * ((3 if unique else 2) *"
-        " embedding + 1) + projected * (hidden + 3) + (1 if unique else places) * (projected + 1) * (first.width *"
-        " (2 * (first.width // reduction) + 1 + 2 * (norm_before + norm_after)) + first.width // reduction)",
+        once="embedding * len(further or tasks) + (not further) * (embedding * (depths + (places if unique else 0))"
+        " + hidden * ((3 if unique else 2) * embedding + 1) + projected * (hidden + 3) + (1 if unique else places)"
+        " * (projected + 1) * (first.width * (2 * (first.width // reduction) + 1 + 2 * (norm_before + norm_after))"
+        " + first.width // reduction))",
         why="the formula counts one stack of blocks; an encoder and a decoder have a network each",
     )  # fmt: skip
 
     tasks: Sequence[str] = ("default",)
+    further: Sequence[str] = ()
+    earlier: Path | None = None
     reduction: int = 8
     embedding: int = 512
     hidden: int = 128
@@ -76,7 +84,8 @@ class Hyperformer(Method):
     depth: str | int | Sequence[int] = "all"
 
     def __post_init__(self) -> None:
-        check_tasks("Hyperformer", self.tasks)
+        check_tasks("Hyperformer", (*self.tasks, *self.further))
+        check_further("Hyperformer", self.tasks, self.further, self.earlier)
         for name in ("embedding", "hidden", "projected"):
             if getattr(self, name) < 1:
                 raise RequestError(f"Hyperformer {name} {getattr(self, name)}: use at least 1")
@@ -89,10 +98,24 @@ class Hyperformer(Method):
         return chosen
 
     def example(self) -> dict[str, Any]:
-        return {"task": self.tasks[0]}
+        return {"task": [*self.tasks, *self.further][-1]}
+
+    def connect(self, model: Adapted, modules: Mapping[str, nn.Module]) -> None:
+        freeze(nn.ModuleList(modules.values()), self.further)
+        freeze(model.head, self.further)
+
+    def starts_from_data(self) -> bool:
+        return bool(self.further)
+
+    def prepare(self, model: Adapted, name: str, batches: Any, loss: Any) -> None:
+        if self.earlier is not None:
+            start_from(model, name, self, self.earlier)
+
+    def arguments(self) -> dict[str, Any]:
+        return super().arguments() | {"earlier": self.earlier and str(self.earlier)}
 
     def build_all(self, sites: Sites) -> dict[str, Generated]:
-        embeddings = nn.Parameter(torch.randn(len(self.tasks), self.embedding))
+        embeddings = ByTask({task: nn.Embedding(1, self.embedding) for task in (*self.tasks, *self.further)})
         found: dict[str, Generated] = {}
         for decoder in (False, True):
             stack = [site for site in sites if ("decoder" in site.tags) is decoder]
@@ -101,10 +124,10 @@ class Hyperformer(Method):
             depths = sorted({site.depth for site in stack})
             hyper = self._network(stack, len(depths), embeddings)
             for site in stack:
-                found[site.key] = Generated(hyper, self.tasks, depths.index(site.depth), place_of(site))
+                found[site.key] = Generated(hyper, depths.index(site.depth), place_of(site))
         return {site.key: found[site.key] for site in sites}
 
-    def _network(self, stack: Sequence[Site], layers: int, embeddings: nn.Parameter) -> HyperNetwork:
+    def _network(self, stack: Sequence[Site], layers: int, embeddings: ByTask) -> HyperNetwork:
         width, inner = stack[0].width, reduced(stack[0].width, self.reduction, stack[0].key)
         here = {place_of(site) for site in stack}
         norms = [name for name, on in (("before", self.norm_before), ("after", self.norm_after)) if on]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def write_run_page(folder: Path, recipe: Recipe, found: Mapping[str, Any], pictu
         *per_class(found["test"]),
         page.section("Training", page.figures(_curves(folder / "metrics.csv"))),
         _pictures(pictures),
-        _confusion(found),
+        *_confusions(found),
         page.section("Size and cost", page.table(("", "predicted", "measured"), cost_rows(found)), page.lead(COST)),
         page.section("Data", page.code(_compact(found["data"]))),
         page.section("Recipe, as it ran", page.code(recipe.text())),
@@ -124,10 +124,11 @@ def size(count: float) -> str:
 
 
 def per_class(results: Mapping[str, Any]) -> list[str]:
-    """A section for each group of shares (IoU), with the group ``support``, of ``unit``, told beside it."""
-    groups = grouped(results)
+    """A section for each group of shares (IoU), with the group ``support``, of ``unit``, told beside it; ``by`` says
+    what the members are where they are no classes."""
+    groups, by = grouped(results), results.get("by", "class")
     support, unit = groups.pop("support", {}), results.get("unit", "px")
-    titled = {f"{spelled(group)} by class": values for group, values in groups.items()}
+    titled = {f"{spelled(group)} by {by}": values for group, values in groups.items()}
     return [page.section(title, page.bars(values, support, unit)) for title, values in titled.items()]
 
 
@@ -172,16 +173,22 @@ def confusions(matrix: Sequence[Sequence[int]], names: Sequence[str], most: int 
     return [(f"{names[i]} as {names[j]}", f"{n:,}", f"{n / sum(matrix[i]):.1%}") for n, i, j in wrong[:most]]
 
 
-def _confusion(found: Mapping[str, Any]) -> str:
-    matrix = found["test"].get("confusion")
-    if not matrix:
-        return ""
-    names, unit = class_names(found), found["test"].get("unit", "pixels")
-    chart = page.figures({f"Share of the {unit} of each true class (row) that were predicted as each (column)": (
-        plots.confusion(matrix, names)
-    )})  # fmt: skip
-    errors = page.table(("largest errors", unit, "of the class"), confusions(matrix, names))
-    return page.section(f"Confusion of classes ({unit})", chart, errors)
+def matrices(found: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[Sequence[int]], list[str]]]:
+    """Every confusion matrix of a run with the names of its rows: "" for the only one, else the task's name."""
+    if matrix := found["test"].get("confusion"):
+        yield "", matrix, class_names(found)
+    for task, matrix in found["test"].get("confusions", {}).items():
+        yield task, matrix, list(map(str, found["data"]["classes"][task]))
+
+
+def _confusions(found: Mapping[str, Any]) -> Iterator[str]:
+    unit = found["test"].get("unit", "pixels")
+    for task, matrix, names in matrices(found):
+        chart = page.figures({f"Share of the {unit} of each true class (row) that were predicted as each (column)": (
+            plots.confusion(matrix, names)
+        )})  # fmt: skip
+        errors = page.table(("largest errors", unit, "of the class"), confusions(matrix, names))
+        yield page.section(f"Confusion of classes ({f'{task}, ' if task else ''}{unit})", chart, errors)
 
 
 def _compact(values: Any) -> str:

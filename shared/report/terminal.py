@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from shared.errors import RequestError
-from shared.report.run_page import class_names, cost_rows, grouped, number, score_rows, spelled
+from shared.report.run_page import cost_rows, grouped, matrices, number, score_rows, spelled
 
 WIDTH = 80  # where there is no terminal
 WRITTEN = 12  # classes of a confusion matrix that is printed
@@ -19,15 +19,15 @@ def print_run(found: Mapping[str, Any]) -> None:
     support = groups.pop("support", {})
     print_table(("test", ""), score_rows(results))
     if groups:
-        heads = ("class", *(spelled(group) for group in groups), *([results.get("unit", "pixels")] if support else []))
+        counted = [results.get("unit", "pixels")] if support else []
+        heads = (results.get("by", "class"), *(spelled(group) for group in groups), *counted)
         members = dict.fromkeys(name for values in groups.values() for name in values)
         counts = {name: [number(support.get(name))] if support else [] for name in members}
         print_table(heads, [(n, *(number(v.get(n)) for v in groups.values()), *counts[n]) for n in members])
-    matrix = results.get("confusion")
-    if matrix and len(matrix) <= WRITTEN:
-        names = class_names(found)
-        rows = [(name, *(f"{count:,}" for count in row)) for name, row in zip(names, matrix, strict=True)]
-        print_table(("truth \\ predicted", *names), rows)
+    for task, matrix, names in matrices(found):
+        if len(matrix) <= WRITTEN:
+            rows = [(name, *(f"{count:,}" for count in row)) for name, row in zip(names, matrix, strict=True)]
+            print_table(("truth \\ predicted", *names), rows, title=task or None)
     print_table(("cost", "predicted", "measured"), cost_rows(found))
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _IncompatibleKeys
 from torchmetrics import Metric
@@ -34,6 +34,10 @@ class Task(LightningModule):
     outcome: the results of the last evaluation of each split.
     weight: of this process's share of the training batch (see ``feed.Shares``).
     counts: whether the evaluated batch counts, or only fills up this process's turns.
+    silent: names of what trains and no gradient has reached yet; None before the first step.
+
+    Before the first step moves a weight, a gradient must have reached every tensor that trains. Where a batch names its
+    ``task``, it is of one task among several, whose tensors the others do not reach: then the first epoch has time.
     """
 
     monitor: ClassVar[str] = "validation/loss"
@@ -44,7 +48,7 @@ class Task(LightningModule):
         self.total_steps, self.seed = 1, 0
         self.outcome: dict[str, dict[str, Any]] = {}
         self.weight, self.counts = 1.0, True
-        self._proved = False
+        self.silent: set[str] | None = None
 
     def loss(self, batch: Any) -> Tensor:
         """The scalar training loss of a batch, without the methods' extra losses."""
@@ -125,7 +129,8 @@ class Task(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.model.loss(self, batch) * (1.0 if self.adds_up else self.weight)
         loss = loss + self.weight * self.model.penalty()
-        self._last = loss.detach(), list(batch["name"]) if isinstance(batch, Mapping) and "name" in batch else []
+        told = batch if isinstance(batch, Mapping) else {}
+        self._last, self._several = (loss.detach(), list(told.get("name", []))), "task" in told
         self.log("train/loss", self._last[0], prog_bar=True, sync_dist=self.trainer.world_size > 1)
         self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
@@ -138,20 +143,43 @@ class Task(LightningModule):
             raise WorkError(
                 f"the training loss is {loss.item()} at {where}; check these samples or lower the learning rate"
             )
-        if not self._proved and not self.model.state.drawn:  # else some adapters rest
-            self._prove()
+        if (self.silent is None or self.silent) and not self.model.state.drawn:  # else some adapters rest
+            self._prove(last=not self._several or self.trainer.is_last_batch)
 
-    def _prove(self) -> None:
-        self._proved = True
+    def _prove(self, last: bool) -> None:
+        """Note which tensors a gradient reached; an error where it is not finite, or ``last`` and some are missing."""
         trained = self.model.trainable()
-        if silent := [n for n, p in trained.items() if p.grad is None]:
-            raise WorkError(f"no gradient reaches {_first(silent)} ({len(silent)} of {len(trained)} trainable tensors)")
+        silent = set(trained) if self.silent is None else self.silent
+        reached = [n for n, p in trained.items() if n in silent and p.grad is not None]
+        self.silent = silent.difference(reached)
+        if last:
+            self._check_silent(trained)
         # Scaled half-precision gradients may overflow at first; the scaler skips that step and lowers its scale.
         scaled = self.trainer.precision == "16-mixed"
-        if not scaled and (bad := [n for n, p in trained.items() if not _finite(p.grad)]):
+        if not scaled and (bad := [n for n in reached if not _finite(trained[n].grad)]):
             raise WorkError(
                 f"the gradient of {_first(bad)} is not finite ({len(bad)} of {len(trained)} trainable tensors)"
             )
+
+    def _check_silent(self, trained: Mapping[str, nn.Parameter]) -> None:
+        silent = [n for n in trained if n in (self.silent or ())]
+        if any(n.startswith("backbone.") and n not in silent for n in trained):
+            # One that trains whole may have parts which this task does not use, such as a norm of its summary.
+            silent = [n for n in silent if not n.startswith("backbone.")]
+        if silent:
+            raise WorkError(f"no gradient reaches {_first(silent)} ({len(silent)} of {len(trained)} trainable tensors)")
+
+    def on_train_end(self) -> None:
+        """A training that ended within its first epoch is no excuse."""
+        if self.silent:
+            self._check_silent(self.model.trainable())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.silent is not None:
+            checkpoint["silent"] = sorted(self.silent)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.silent = set(checkpoint["silent"]) if "silent" in checkpoint else None
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 

@@ -127,7 +127,7 @@ def _generated(name: str, tensors: dict[str, Tensor], config: dict[str, Any]) ->
     )  # fmt: skip
     model = adapt(backbone, method, sites=sites)
     hyper: Any = next(iter(model.bank["default"].values())).hyper
-    hyper.load_state_dict(hyper_state(sd, torch.stack(list(embeddings.values()))))
+    hyper.load_state_dict(hyper_state(sd, embeddings))
     task = config["hyper_task_for_outputs"][-1 if name == "hyper_one" else 0]
     model.context.task = task
     found = {}
@@ -135,16 +135,16 @@ def _generated(name: str, tensors: dict[str, Tensor], config: dict[str, Any]) ->
         for place in hyper.places:
             key = f"out.{name}/L{i}/{PLACES[place]}"
             found[f"{key}/y"] = backbone[f"{place}{i}"](x)
-            for part, value in hyper(list(embeddings).index(task), i, place).items():
+            for part, value in hyper(task, i, place).items():
                 found[f"{key}_{part.replace('.', '_')}"] = value
     return found
 
 
-def hyper_state(sd: dict[str, Tensor], embeddings: Tensor) -> dict[str, Tensor]:
+def hyper_state(sd: dict[str, Tensor], embeddings: dict[str, Tensor]) -> dict[str, Tensor]:
     """The published hypernetwork's tensors by our names."""
     fixed = {"layer_id_embeddings": "layers", "adapters_block_type": "kinds", "LayerNorm": "norm",
              "task_hypernet.task_embeding_generator": "project"}  # fmt: skip
-    found = {"embeddings": embeddings}
+    found = {f"embeddings.{task}.weight": vector[None] for task, vector in embeddings.items()}
     for name, tensor in sd.items():
         theirs = next((t for t in fixed if name.startswith(f"{t}.")), None)
         if theirs is not None:

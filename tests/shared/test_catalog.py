@@ -39,7 +39,7 @@ def test_every_entry_reads_as_python_sees_it():
     for entry in seen:
         kind = entry.load()
         assert kind.__name__ == entry.name
-        hints = typing.get_type_hints(kind.__init__)
+        hints = typing.get_type_hints(kind.__init__, include_extras=True)
         keywords = {n: p for n, p in inspect.signature(kind).parameters.items() if p.kind is p.KEYWORD_ONLY}
         assert sorted(a.name for a in entry.arguments) == sorted(keywords), entry.name
         for argument in entry.arguments:

@@ -119,12 +119,12 @@ def test_a_confusion_picture_tells_shares_counts_and_classes():
 def test_any_task_with_a_confusion_matrix_gets_its_picture(data, test, names):
     found = {"data": data, "test": {"confusion": [[5, 1], [2, 0]], "unit": "texts", **test}}
     assert run_page.class_names(found) == names
-    text = run_page._confusion(found)
+    text = "".join(run_page._confusions(found))
     assert text.count("<svg") == 1
     assert "Confusion of classes (texts)" in text
     assert f"<td>{names[1]} as {names[0]}</td>" in text
     assert ">100.0%<" in text
-    assert run_page._confusion({"data": data, "test": {"loss": 1.0}}) == ""
+    assert "".join(run_page._confusions({"data": data, "test": {"loss": 1.0}})) == ""
 
 
 def test_the_largest_errors_come_first():

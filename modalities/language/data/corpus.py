@@ -152,7 +152,7 @@ class GeneratedCorpus(Corpus):
         batch_size: int = 8,
         seed: int = 0,
     ):
-        made = [text for text, _ in sentences(count, seed)]
+        made = [text for text, *_ in sentences(count, seed)]
         texts = ["\n".join(made[i : i + 10]) for i in range(0, len(made), 10)]
         super().__init__(
             shared_out(texts, validation, test, seed), tokenizer=tokenizer, vocabulary=vocabulary, length=length,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modalities.language.data.grammar import TOPICS, sentences
+from modalities.language.data.grammar import FORMS, TOPICS, sentences
 from modalities.language.data.splits import stratified
 from modalities.language.data.texts import Sample, Texts
 from shared.errors import RequestError
@@ -32,7 +32,8 @@ class GeneratedText(Texts):
     ):
         if count < 1:
             raise RequestError(f"count {count}: at least 1 sentence")
-        made = [Sample(text, label, f"sentence {i}") for i, (text, label) in enumerate(sentences(count, seed))]
+        rows = [self._labelled(*row) for row in sentences(count, seed)]
+        made = [Sample(text, label, f"sentence {i}") for i, (text, label) in enumerate(rows)]
         parts = {"train": made}
         for part, share in (("test", test), ("validation", validation)):
             own = parts["train"]
@@ -44,3 +45,17 @@ class GeneratedText(Texts):
             parts, self.classes, tokenizer=tokenizer, max_length=max_length, per_class=per_class,
             batch_size=batch_size, seed=seed,
         )  # fmt: skip
+
+    @staticmethod
+    def _labelled(text: str, topic: int, form: int) -> tuple[str, int]:
+        return text, topic
+
+
+class GeneratedForms(GeneratedText):
+    """The same sentences by their form, such as "question" and "denial", which a few words tell for sure."""
+
+    classes = tuple(FORMS)
+
+    @staticmethod
+    def _labelled(text: str, topic: int, form: int) -> tuple[str, int]:
+        return text, form

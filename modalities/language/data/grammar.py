@@ -32,20 +32,20 @@ COMMON: dict[str, Sequence[str]] = {
     "verb": ("sees", "brings", "needs", "finds", "leaves"),
     "adjective": ("old", "new", "small", "quiet", "good"),
 }
-PATTERNS = (
-    "the {adjective} {noun} {verb} the {noun} .",
-    "a {noun} {verb} every {noun} before the {adjective} {noun} {verb} it .",
-    "why does the {noun} stay {adjective} ?",
-    "yesterday the {noun} and the {noun} were {adjective} .",
-    "nobody says that the {adjective} {noun} {verb} a {noun} .",
-)
+FORMS = {
+    "statement": "the {adjective} {noun} {verb} the {noun} .",
+    "clause": "a {noun} {verb} every {noun} before the {adjective} {noun} {verb} it .",
+    "question": "why does the {noun} stay {adjective} ?",
+    "past": "yesterday the {noun} and the {noun} were {adjective} .",
+    "denial": "nobody says that the {adjective} {noun} {verb} a {noun} .",
+}
 OWN, OTHER = 0.5, 0.1  # chances that a word is of the sentence's topic, and of another; else it is a common one
 
 
-def sentence(draw: random.Random, topic: str) -> str:
-    """A sentence about ``topic``, one of ``TOPICS``."""
-    words = []
-    for word in draw.choice(PATTERNS).split():
+def sentence(draw: random.Random, topic: str) -> tuple[str, str]:
+    """A sentence about ``topic``, one of ``TOPICS``, and its form, one of ``FORMS``."""
+    words, form = [], draw.choice(tuple(FORMS))
+    for word in FORMS[form].split():
         kind = word.strip("{}")
         if word == kind:
             words.append(word)
@@ -57,10 +57,11 @@ def sentence(draw: random.Random, topic: str) -> str:
             words.append(draw.choice(TOPICS[draw.choice([t for t in TOPICS if t != topic])][kind]))
         else:
             words.append(draw.choice(COMMON[kind]))
-    return " ".join(words)
+    return " ".join(words), form
 
 
-def sentences(count: int, seed: int) -> list[tuple[str, int]]:
-    """``count`` sentences with the index of their topic, the topics in turn."""
-    draw, topics = random.Random(seed), list(TOPICS)
-    return [(sentence(draw, topics[i % len(topics)]), i % len(topics)) for i in range(count)]
+def sentences(count: int, seed: int) -> list[tuple[str, int, int]]:
+    """``count`` sentences with the index of their topic, the topics in turn, and that of their form."""
+    draw, topics, forms = random.Random(seed), list(TOPICS), list(FORMS)
+    made = [sentence(draw, topics[i % len(topics)]) for i in range(count)]
+    return [(text, i % len(topics), forms.index(form)) for i, (text, form) in enumerate(made)]

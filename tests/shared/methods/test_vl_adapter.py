@@ -106,7 +106,7 @@ def test_hyperformer_counts_a_network_for_each_stack(unique):
     assert found.count()["adapter"] == expected
     hypers = {id(a.hyper): a.hyper for a in found.bank["default"].values()}
     assert [h.places for h in hypers.values()] == [("mlp", "attention"), ("mlp", "attention", "cross_attention")]
-    assert len({id(h.embeddings) for h in hypers.values()}) == 1  # tasks are shared
+    assert len({id(h.embeddings["vqa"].weight) for h in hypers.values()}) == 1  # tasks are shared
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,9 @@ def test_what_is_shared_is_counted_and_saved_once_under_a_stable_key(kind, tmp_p
     names = list(store.read_header(tmp_path / "a")["tensors"])
     assert {f"adapter.default.{n.removeprefix('adapter.')}" for n in names} == set(model.trainable())
     first = next(iter(model.bank["default"]))
-    part = {"rule": ".rule.whole", "hypernetwork": ".hyper.embeddings", "half": ".branches.vqa.down.weight"}[kind]
+    part = {"rule": ".rule.whole", "hypernetwork": ".hyper.embeddings.vqa.weight", "half": ".branches.vqa.down.weight"}[
+        kind
+    ]
     holders = [n for n in names if n.endswith(part)]
     assert holders[0].startswith(f"adapter.{first}.")
     assert len(holders) == (len(model.bank["default"]) if kind == "half" else 1)
@@ -239,12 +241,12 @@ def test_generated_tensors_depend_on_task_layer_and_place():
     torch.manual_seed(0)
     model, _ = bert(Hyperformer(tasks=TASKS, norm_before=True, norm_after=True, deviation=0.5, **SMALL))
     hyper = next(iter(model.bank["default"].values())).hyper
-    base = hyper(0, 0, "mlp")
+    base = hyper("vqa", 0, "mlp")
     assert {n: tuple(t.shape) for n, t in base.items()} == {
         "down.weight": (2, 16), "down.bias": (2,), "up.weight": (16, 2), "up.bias": (16,), "before.weight": (16,),
         "before.bias": (16,), "after.weight": (16,), "after.bias": (16,),
     }  # fmt: skip
-    for other in (hyper(1, 0, "mlp"), hyper(0, 1, "mlp"), hyper(0, 0, "attention")):
+    for other in (hyper("gqa", 0, "mlp"), hyper("vqa", 1, "mlp"), hyper("vqa", 0, "attention")):
         assert all(float((base[n] - other[n]).detach().abs().max()) > 1e-3 for n in base)
 
 
@@ -300,3 +302,33 @@ def test_hyperformer_wants_one_width():
     sites = Sites(Site("mlp.down", i, str(i), layer, width=layer.out_features) for i, layer in enumerate(layers))
     with pytest.raises(RequestError, match="have widths 4, 8: Hyperformer generates one"):
         adapt(layers, Hyperformer(reduction=2, sublayers=("mlp",)), sites=sites)
+
+
+def test_track_z_is_the_mean_square_inside_over_adapters():
+    model, inputs = bert(VLAdapter(share="up", tasks=TASKS, reduction=4, track_z=0.5))
+    noisy(model)
+    inside = []
+    hooks = [a.branches["gqa"].up.register_forward_pre_hook(lambda _, x: inside.append(x[0].detach()))
+             for a in model.bank["default"].values()]  # fmt: skip
+    with pytest.raises(RequestError, match=r"call step\(\) before its forward pass"):
+        model.penalty()
+    model.step(0)
+    model(*inputs, context={"task": "gqa"})
+    for hook in hooks:
+        hook.remove()
+    penalty = model.penalty()
+    expected = 0.5 * sum(float(z.square().mean()) for z in inside) / len(inside)
+    assert len(inside) == len(model.bank["default"])
+    assert float(penalty.detach()) == pytest.approx(expected, rel=1e-5)
+    penalty.backward()
+    for adapter in model.bank["default"].values():
+        own, other = adapter.branches["gqa"], adapter.branches["vqa"]
+        assert own.down.weight.grad.count_nonzero()
+        assert other.down.weight.grad is None
+        assert adapter.squares is None  # nothing is kept of what runs between steps
+    assert float(bert(VLAdapter(reduction=4))[0].penalty()) == 0
+
+
+def test_track_z_wants_a_weight():
+    with pytest.raises(RequestError, match="VLAdapter track_z -1.0: use a weight of at least 0"):
+        VLAdapter(track_z=-1.0)
