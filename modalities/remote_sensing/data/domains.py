@@ -37,11 +37,6 @@ class Domains:
     ignore_index = IGNORE
 
     def __init__(self, source: Scenes, target: Scenes, pairs: bool):
-        if source.bands != target.bands or source.classes != target.classes:
-            raise RequestError(
-                f"the source has {source.bands} bands and {len(source.classes)} classes, the target {target.bands} and "
-                f"{len(target.classes)}: give both the same"
-            )
         self.source, self.target, self.pairs = source, target, pairs
         self.classes, self.bands, self.band_names = target.classes, target.bands, target.band_names
 
@@ -198,6 +193,8 @@ class FolderDomains(Domains):
             images=images, masks=masks, bands=bands, band_names=band_names, group=group, validation=validation,
             test=test, normalisation=normalisation, **both,
         )  # fmt: skip
+        if target_bands and len(target_bands) != source.bands:
+            raise RequestError(f"target_bands {list(target_bands)}: the source has {source.bands}; give as many")
         target = FolderScenes(
             images=target_images, masks=target_masks, bands=target_bands or bands,
             band_names=target_band_names or band_names, group=target_group or group, validation=target_validation,
