@@ -203,7 +203,7 @@ def test_the_linked_head_answers_to_the_adapters_queries() -> None:
     assert not any("queries_embedder" in name for name in model.trained_state())
     before = output.masks[-1].detach()
     with torch.no_grad():
-        reins(model).merge.bias += 1.0  # of the backbone's maps nothing depends on it
+        reins(model).merge.bias.add_(1.0)  # of the backbone's maps nothing depends on it
     assert not torch.allclose(model(image).masks[-1], before, atol=1e-4)
     # The decoder alone, with these queries as positions and their linear image as contents.
     features = model.backbone(image)

@@ -155,7 +155,7 @@ def test_what_they_say_of_themselves_feeds_new_files(tmp_path) -> None:
 def test_refusals(tmp_path) -> None:
     with pytest.raises(RequestError, match=r"target_bands \[1, 2, 3\]: the source has 2; give as many"):
         domains(tmp_path / "bands", bands=[1, 2], target_bands=[1, 2, 3])
-    everything = {"target_validation": ["s0", "s1"], "target_test": ["s2", "s3", "s4"]}
+    everything: dict[str, Any] = {"target_validation": ["s0", "s1"], "target_test": ["s2", "s3", "s4"]}
     with pytest.raises(RequestError, match="no scene is left to train on"):
         domains(tmp_path / "all", **everything)
     with pytest.raises(RequestError, match="names 's9', which is no scene"):
