@@ -15,16 +15,17 @@ from shared.blocks.frequency import split
 
 
 class Bare(Backbone):
-    """Identity blocks on given tokens (B, 1 + h * w, C) of a grid: what is left is the adapter."""
+    """Identity blocks on given tokens (B, prefix + h * w, C) of a grid: what is left is the adapter."""
 
-    def __init__(self, layers: int, width: int, grid: tuple[int, int]):
+    def __init__(self, layers: int, width: int, grid: tuple[int, int], prefix: int):
         super().__init__("identity")
+        self.prefix = prefix
         self.blocks = nn.ModuleList(nn.Identity() for _ in range(layers))
         self.width, self.grid = width, grid
 
     def sites(self) -> Sites:
         return Sites(
-            Site("block", i, f"blocks.{i}", block, None, prefix=1, width=self.width)
+            Site("block", i, f"blocks.{i}", block, None, prefix=self.prefix, width=self.width)
             for i, block in enumerate(self.blocks)
         )
 
@@ -41,7 +42,8 @@ def replay(case: dict[str, np.ndarray], meta: dict[str, Any]) -> dict[str, tuple
     config, tokens = meta["config"], torch.from_numpy(case["in.feats"])
     grid, adapted = tuple(config["grid"]), list(config["adapter_layer"])
     divided = [layer for layer in config["fft_layer"] if layer in adapted]
-    backbone = Bare(config["num_layers"], config["embed_dim"], grid)
+    prefix = tokens.shape[1] - grid[0] * grid[1]
+    backbone = Bare(config["num_layers"], config["embed_dim"], grid, prefix)
     method = EarthAdapter(width=config["dim"], depth=adapted, split=divided, cutoff=config["cutoff_ratio"])
     model = adapt(backbone, method)
     bank: Any = model.bank["default"]
@@ -51,7 +53,7 @@ def replay(case: dict[str, np.ndarray], meta: dict[str, Any]) -> dict[str, tuple
         block, _, name = place.partition("/")
         with torch.no_grad():
             modules[int(block)].get_parameter(name).copy_(tensor)
-    low, high = split(tokens[:, 1:].transpose(1, 2).unflatten(2, grid), config["cutoff_ratio"])
+    low, high = split(tokens[:, prefix:].transpose(1, 2).unflatten(2, grid), config["cutoff_ratio"])
     found = {"out.low_freq": low, "out.high_freq": high}
     found |= {f"out.feats_after_{i}": after for i, after in enumerate(model(tokens))}
     return {name: (value, case[name]) for name, value in found.items() if name in case}
