@@ -40,12 +40,12 @@ class DomainGeneralisation(Segmentation):
     def evaluate(self, batch: dict[str, Any]) -> None:
         if "domain" not in batch or len(domains := set(batch["domain"].tolist())) != 1:
             raise RequestError(f"samples {', '.join(batch['name'])}: a batch is of one domain and says of which")
-        source = domains == {SOURCE}
-        self.score(
-            batch,
-            self.source_confusion if source else self.confusion,
-            self.source_loss if source else self.mean_loss,
-        )
+        metrics = [(self.source_confusion, self.source_loss), (self.confusion, self.mean_loss)]
+        here, (confusion, mean_loss) = metrics if domains == {SOURCE} else metrics[::-1]
+        self.score(batch, *here)
+        # Of several processes one may see a single domain: what it adds to the other is nothing, which counts as seen.
+        confusion.update(torch.zeros_like(batch["mask"]), torch.full_like(batch["mask"], self.ignore_index))
+        mean_loss.update(0.0, 0.0)
 
     def results(self) -> dict[str, Any]:
         source = {"loss": self.source_loss.compute().item(), **measure(self.source_confusion.compute(), self.classes)}
@@ -132,7 +132,9 @@ class SelfTraining(DomainGeneralisation):
     # -- the teacher -----------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        if type(self.trainer.strategy).__name__ == "FSDPStrategy":
+        from shared.training.sharded import Sharded
+
+        if isinstance(self.trainer.strategy, Sharded):
             raise RequestError("trainer.strategy fsdp divides the model; its teacher is whole: use ddp")
         super().on_fit_start()
         if self.trainer.ckpt_path is None:  # what a method prepares, the teacher starts from

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from shared.backbone import Features
 from shared.errors import RequestError
 from shared.methods import LoRA
 from shared.sites import describe
-from shared.training import Engine, Optimiser, fit
+from shared.training import Engine, Optimiser, fit, launch
 from shared.training.teacher import alpha
 from tests.shared.training.test_fit import Interrupted
 from tests.shared.training.test_resume import checkpoint, same
@@ -314,6 +315,31 @@ def test_other_settings_or_another_task_cannot_go_on(tmp_path) -> None:
     train(task(data, DomainGeneralisation), data, tmp_path / "other", steps=3)
     with pytest.raises(RequestError, match="none of this task's"):
         task(data).load_state_dict(checkpoint(tmp_path / "other")["state_dict"])
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+def _in_each(output: Path) -> None:
+    for name, start in (("plain", 100), ("mixed", 1)):
+        data = domains()
+        found = train(task(data, start=start), data, output / name, steps=4, devices=2)
+        assert all(isinstance(found["test"][score], float) for score in ("miou", "source_miou", "loss", "source_loss"))
+    with pytest.raises(RequestError, match="fsdp divides the model"):
+        train(task(data, start=1), data, output / "fsdp", steps=4, devices=2, strategy="fsdp")
+
+
+def test_two_processes_have_one_teacher(tmp_path) -> None:
+    """Without mixing, which each draws for itself, training is that of one process; with it, it goes to its end."""
+    launch(2, partial(_in_each, tmp_path))
+    data = domains()
+    train(task(data, start=100), data, tmp_path / "alone", steps=4)
+    ours, theirs = (checkpoint(tmp_path / name)["state_dict"] for name in ("plain", "alone"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5)
+    mixed = checkpoint(tmp_path / "mixed")["state_dict"]
+    assert any(not torch.allclose(mixed[name], theirs[name], atol=1e-3) for name in theirs)
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
