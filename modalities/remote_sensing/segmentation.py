@@ -69,13 +69,17 @@ class Segmentation(Task):
         return getattr(self.head, "adds_up", False)
 
     def evaluate(self, batch: dict[str, Any]) -> None:
+        self.score(batch, self.confusion, self.mean_loss)
+
+    def score(self, batch: dict[str, Any], confusion: MulticlassConfusionMatrix, mean_loss: MeanMetric) -> None:
+        """Add a batch to these."""
         image, mask = batch["image"], batch["mask"]
         output = self.model(image)
         scores = self.head.predict(output, mask.shape[1:])
         if not torch.isfinite(scores).all():
             raise WorkError(f"the class scores are not finite on samples {', '.join(batch['name'])}")
-        self.mean_loss.update(self.head.loss(output, mask), len(image))
-        self.confusion.update(scores.argmax(1), mask)
+        mean_loss.update(self.head.loss(output, mask), len(image))
+        confusion.update(scores.argmax(1), mask)
 
     def results(self) -> dict[str, Any]:
         found = {"loss": self.mean_loss.compute().item(), **measure(self.confusion.compute(), self.classes)}

@@ -35,9 +35,12 @@ class Scene(NamedTuple):
     corner: tuple[float, float]
 
 
-def generate(seed: int, index: int, size: int, bands: Sequence[str] = BANDS) -> Scene:
-    """Scene ``index`` of the world ``seed``, ``size`` x ``size`` pixels of 30 m; the same whenever it is asked for."""
-    random, name = np.random.default_rng([seed, index]), _name(index)
+def generate(
+    seed: int, index: int, size: int, bands: Sequence[str] = BANDS, biomes: Sequence[str] = tuple(BIOMES)
+) -> Scene:
+    """Scene ``index`` of the world ``seed``, ``size`` x ``size`` pixels of 30 m, of the ``biomes`` in turn; the same
+    whenever it is asked for."""
+    random, name = np.random.default_rng([seed, index]), _name(index, biomes)
     sun = draw_sun(random)
     ground = landscape(random, size, BIOMES[name.split("_")[1]])
     sky = look(random, ground, sun, draw_clouds(random, size, sun))
@@ -133,21 +136,31 @@ class GeneratedScenes(Scenes):
 
 
 class GeneratedSource:
-    """The scenes as a ``Source``, each made when first read and then kept."""
+    """The scenes as a ``Source``, each made when first read and then kept.
 
-    def __init__(self, count: int, size: int, bands: tuple[str, ...], seed: int):
+    biomes: names out of ``BIOMES`` that take turns.  first: index of the first scene.
+    """
+
+    def __init__(
+        self, count: int, size: int, bands: tuple[str, ...], seed: int, *, biomes: Sequence[str] = tuple(BIOMES),
+        first: int = 0,
+    ):  # fmt: skip
         if count < 1 or size < 32:
             raise RequestError(f"count {count} and size {size}: at least 1 scene of at least 32 pixels")
         if not bands or len(set(bands)) < len(bands) or set(bands) - set(BANDS):
             raise RequestError(f"bands {list(bands)}: one or more out of {', '.join(BANDS)}, each once")
+        if not biomes or set(biomes) - set(BIOMES):
+            raise RequestError(f"biomes {list(biomes)}: one or more out of {', '.join(BIOMES)}")
         self.band_names, self.file_bands, self._size, self._seed = bands, bands, size, seed
-        self.names, self.sizes = [_name(index) for index in range(count)], [(size, size)] * count
+        self._biomes, self._first = tuple(biomes), first
+        self.names, self.sizes = [_name(first + i, biomes) for i in range(count)], [(size, size)] * count
         self.reading = {"bands": list(range(1, len(bands) + 1))}
         self._scenes: dict[int, Scene] = {}
 
     def scene(self, index: int) -> Scene:
         if index not in self._scenes:
-            self._scenes[index] = generate(self._seed, index, self._size, self.band_names)
+            number = self._first + index
+            self._scenes[index] = generate(self._seed, number, self._size, self.band_names, self._biomes)
         return self._scenes[index]
 
     def read(self, index: int, window: Window) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -156,8 +169,8 @@ class GeneratedSource:
         return scene.image[(slice(None), *inside)], scene.valid[inside], scene.mask[inside].astype(np.int64)
 
 
-def _name(index: int) -> str:
-    return f"{index:05d}_{list(BIOMES)[index % len(BIOMES)]}"
+def _name(index: int, biomes: Sequence[str]) -> str:
+    return f"{index:05d}_{biomes[index % len(biomes)]}"
 
 
 def _place(scene: Scene) -> Georeference:

@@ -128,6 +128,11 @@ class Scenes:
         """A normalised image (bands, H, W) as pictures, uint8 (H, W, 3), by name (see ``composites``)."""
         return shown(image, self.normalisation, self.band_names)
 
+    def samples(self, part: str, augment: bool = False) -> Tiles:
+        """The samples of a split (``"train"``, ``"validation"``, ``"test"``), in the order of files and tiles."""
+        seed = self.seed if augment else None
+        return Tiles(self._source, self._tiles[part], self.tile, self.normalisation, seed, part != "train")
+
     def _members(self, scenes: tuple[str, ...]) -> list[int]:
         return [index for index, scene in enumerate(self._scene_names) if scene in scenes]
 
@@ -154,14 +159,7 @@ class Scenes:
             raise RequestError(f"there is no {part} split: ask for a fraction above 0 or name its scenes")
         if not sum(sum(self._surveys[index].pixels[:-1]) for index in self._rasters[part]):
             raise RequestError(f"no pixel of the {part} split has a label: every one is invalid or ignored")
-        dataset = Tiles(
-            self._source,
-            self._tiles[part],
-            self.tile,
-            self.normalisation,
-            self.seed if augment else None,
-            part != "train",
-        )
+        dataset = self.samples(part, augment)
         # A generator of its own, so that loading leaves the global random state alone.
         return DataLoader(
             dataset,

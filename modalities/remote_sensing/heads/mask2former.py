@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from modalities.remote_sensing.heads.light import expected, resize
 from shared.backbone import Features
@@ -39,6 +40,8 @@ class Mask2FormerHead(nn.Module):
     class_weight, mask_weight, dice_weight: of the three losses, and of the costs by which queries are matched.
     no_object_weight: of the class loss for unmatched queries.  points: sampled for the losses of each mask, of
     which the fraction ``importance`` are the least certain of ``oversample`` times as many.
+    linked: the queries are those that an adapter makes (Rein's link): their positions as they are, their contents by a
+    linear layer. With the adapter off, in evaluation, there are ``queries`` of zeros.
     ignore_index: value of ``mask`` without a label.
     """
 
@@ -60,6 +63,7 @@ class Mask2FormerHead(nn.Module):
         points: int = 12544,
         oversample: float = 3.0,
         importance: float = 0.75,
+        linked: bool = False,
         ignore_index: int = 255,
     ):
         super().__init__()
@@ -80,6 +84,7 @@ class Mask2FormerHead(nn.Module):
             no_object_weight=no_object_weight, train_num_points=points,
             oversample_ratio=oversample, importance_sample_ratio=importance, feature_strides=list(STRIDES),
         )  # fmt: skip
+        self.queries, self.width, self.linked = queries, width, linked
         self._build(config, list(channels) * (4 // len(channels)))
 
     def _build(self, config: Any, channels: list[int]) -> None:
@@ -90,14 +95,34 @@ class Mask2FormerHead(nn.Module):
         self.classify = nn.Linear(config.hidden_dim, config.num_labels + 1)
         self.criterion = library.Mask2FormerLoss(config, weight_dict=dict(self.loss_weights))
         self.apply(library.Mask2FormerPreTrainedModel(config)._init_weights)
+        if self.linked:
+            self.queries_to_features = nn.Linear(config.hidden_dim, config.hidden_dim)
+            for name in ("queries_embedder", "queries_features"):
+                setattr(self.transformer, name, _Given())
 
     def forward(self, features: Features, size: tuple[int, int]) -> Queries:
         """Maps (B, C_i, h_i, w_i) of an image of ``size`` (H, W) to class and mask logits of all queries."""
         levels = pyramid(expected(features, self.maps), size)
         pixels = self.pixel_decoder(levels, output_hidden_states=False, output_attentions=False, return_dict=True)
-        decoded = self.transformer(pixels.multi_scale_features, pixels.mask_features, output_hidden_states=False)
+        decoded = self._decode(features, pixels.multi_scale_features, pixels.mask_features)
         classes = tuple(self.classify(state.transpose(0, 1)) for state in decoded.intermediate_hidden_states)
         return Queries(classes, decoded.masks_queries_logits)
+
+    def _decode(self, features: Any, scales: Sequence[Tensor], finest: Tensor) -> Any:
+        """The transformer's answer, to its own queries or to those that come with the features."""
+        if not self.linked:
+            return self.transformer(scales, finest, output_hidden_states=False)
+        queries = getattr(features, "queries", None)
+        if queries is None and self.training:
+            raise RequestError("head.linked: no adapter makes its queries; use the method Rein with link: true")
+        queries = finest.new_zeros(self.queries, self.width) if queries is None else queries[0]
+        if queries.shape[1] != self.width:
+            raise RequestError(f"head.width {self.width}: the method makes queries of width {queries.shape[1]}")
+        given = {
+            "queries_embedder.weight": queries,
+            "queries_features.weight": self.queries_to_features(queries),
+        }
+        return functional_call(self.transformer, given, (scales, finest, False), tie_weights=False)
 
     def loss(self, output: Queries, mask: Tensor) -> Tensor:
         """The matched class, mask and Dice losses of every layer, weighted and summed: a scalar.
@@ -135,6 +160,14 @@ class Mask2FormerHead(nn.Module):
         shares = output.classes[-1].float().softmax(-1)[..., :-1]
         masks = resize(output.masks[-1].float(), size).sigmoid()
         return torch.einsum("bqk,bqhw->bkhw", shares, masks)
+
+
+class _Given(nn.Module):
+    """In the place of learnt queries (number, width) that are given with each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(0), persistent=False)
 
 
 def pyramid(maps: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
