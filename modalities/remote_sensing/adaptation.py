@@ -163,11 +163,13 @@ class SelfTraining(DomainGeneralisation):
         return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["self_training"] = self._settings()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if (was := checkpoint.get("self_training")) != (now := self._settings()):
             raise RequestError(f"the checkpoint is of self-training with {was}, not with {now}")
+        super().on_load_checkpoint(checkpoint)
 
     def _settings(self) -> dict[str, float]:
         return {"start": self.start, "mixed_weight": self.mixed_weight, "limit": self.teacher.limit}

@@ -18,7 +18,7 @@ from shared.adapted import Adapted
 from shared.errors import RequestError, WorkError
 from shared.training.feed import PREPARE, seed_all
 from shared.training.optimiser import Optimiser
-from shared.training.sharded import like, whole
+from shared.training.sharded import Sharded, like, whole
 
 
 class Task(LightningModule):
@@ -112,7 +112,7 @@ class Task(LightningModule):
     def on_fit_start(self) -> None:
         if self.trainer.ckpt_path is not None:  # a checkpoint holds what was prepared
             return
-        if self.model.unprepared() and type(self.trainer.strategy).__name__ == "FSDPStrategy":
+        if self.model.unprepared() and isinstance(self.trainer.strategy, Sharded):
             raise RequestError("trainer.strategy fsdp divides the weights a method reads before training: use ddp")
         with torch.random.fork_rng(devices=[]):
             seed_all(self.seed, PREPARE)
