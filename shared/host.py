@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.adapter import Adapter, WeightAdapter
+from shared.convolution import CONVOLUTIONS, convolution, convolution_beside, fits
 from shared.errors import RequestError
-from shared.linear import CONVOLUTIONS, Piece, changed, convolution_beside, dropped, linear, linear_beside
+from shared.linear import Piece, by_hand, changed, dropped, linear, linear_beside
 from shared.sites import Site
 
 
@@ -277,8 +278,7 @@ def _linear_forward(host: nn.Linear, x: Tensor) -> Tensor:
     if not pieces:
         return F.linear(x, host.weight, host.bias)
     weight = port.frozen(host, "weight")
-    fused = port.state.form == "auto" and not (training and any(p.dropout for p in pieces))
-    if fused and not torch.is_autocast_enabled(x.device.type):
+    if by_hand(x, pieces, port.state.form, training):
         return linear(x, weight, host.bias, pieces)
     return linear_beside(x, F.linear(x, weight, host.bias), pieces, training)
 
@@ -290,8 +290,10 @@ def _convolution_forward(original: Callable[..., Tensor], host: Any, x: Tensor) 
         return dropped(host._conv_forward, x, port.frozen(host, "weight"), host.bias, port.parts("weight"))
     if not pieces:
         return original(host, x)
-    y = host._conv_forward(x, port.frozen(host, "weight"), host.bias)
-    return convolution_beside(host, x, y, pieces, training)
+    weight = port.frozen(host, "weight")
+    if by_hand(x, pieces, port.state.form, training) and fits(host, x, pieces):
+        return convolution(host, x, weight, pieces)
+    return convolution_beside(host, x, host._conv_forward(x, weight, host.bias), pieces, training)
 
 
 def _training(host: nn.Module) -> bool:
