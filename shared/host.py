@@ -264,20 +264,18 @@ def _beside(port: Port, training: bool) -> list[Piece] | None:
         return None
     if not pieces:
         return []
-    dropout = training and any(piece.dropout for piece in pieces)
-    if port.state.form == "separate" or dropout:
+    if port.state.form == "separate" or (training and any(piece.dropout for piece in pieces)):
         return pieces
     return pieces if torch.is_grad_enabled() and not torch.compiler.is_compiling() else []
 
 
 def _linear_forward(host: nn.Linear, x: Tensor) -> Tensor:
     port, training = host.__dict__["_port"], _training(host)
-    pieces = _beside(port, training)
+    pieces, weight = _beside(port, training), port.frozen(host, "weight")
     if pieces is None:
-        return dropped(F.linear, x, port.frozen(host, "weight"), host.bias, port.parts("weight"))
+        return dropped(F.linear, x, weight, host.bias, port.parts("weight"))
     if not pieces:
         return F.linear(x, host.weight, host.bias)
-    weight = port.frozen(host, "weight")
     if by_hand(x, pieces, port.state.form, training):
         return linear(x, weight, host.bias, pieces)
     return linear_beside(x, F.linear(x, weight, host.bias), pieces, training)
@@ -285,12 +283,11 @@ def _linear_forward(host: nn.Linear, x: Tensor) -> Tensor:
 
 def _convolution_forward(original: Callable[..., Tensor], host: Any, x: Tensor) -> Tensor:
     port, training = host.__dict__["_port"], _training(host)
-    pieces = _beside(port, training)
+    pieces, weight = _beside(port, training), port.frozen(host, "weight")
     if pieces is None:
-        return dropped(host._conv_forward, x, port.frozen(host, "weight"), host.bias, port.parts("weight"))
+        return dropped(host._conv_forward, x, weight, host.bias, port.parts("weight"))
     if not pieces:
         return original(host, x)
-    weight = port.frozen(host, "weight")
     if by_hand(x, pieces, port.state.form, training) and fits(host, x, pieces):
         return convolution(host, x, weight, pieces)
     return convolution_beside(host, x, host._conv_forward(x, weight, host.bias), pieces, training)

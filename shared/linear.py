@@ -107,7 +107,7 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan, *factors: Tensor):  # type: ignore[override]
         flat = x.reshape(-1, weight.shape[1])
         downs, ups = _cast(factors, x.dtype)
-        beside = len(flat) <= weight.shape[1] or torch.finfo(x.dtype).bits < 32
+        beside = len(flat) <= 2 * weight.shape[1] or torch.finfo(x.dtype).bits < 32
         h = product_t(_joined(downs), flat) if beside or plan.keep else None  # (r of all pieces, T)
         if h is None or not beside:
             return F.linear(x, _folded(weight, plan, downs, ups), bias), h
@@ -135,7 +135,7 @@ class _LowRankLinear(torch.autograd.Function):
         saved = ctx.saved_tensors
         made, weight, h, factors = saved[: ctx.count], *saved[ctx.count : ctx.count + 2], saved[ctx.count + 2 :]
         gy = gradient.reshape(-1, weight.shape[0])
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        _, need_weight, need_bias = ctx.needs_input_grad[:3]
         x = ctx.again(*made).reshape(-1, weight.shape[1]) if need_weight or torch.is_grad_enabled() else None
         if torch.is_grad_enabled():
             gx, small = _differentiable(ctx, gy, x, weight, factors)
@@ -154,7 +154,7 @@ def _quick(ctx: Any, gy: Tensor, made: Sequence[Tensor], weight: Tensor, h: Tens
     """Gradients of the input (T, I) and of the factors."""
     need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
     downs, ups = _cast(factors, gy.dtype)
-    fold = len(gy) > weight.shape[0]
+    fold = len(gy) > 2 * weight.shape[0]  # a fold passes over the weight twice
     g = gx = None
     if any(need[::2]) or (need_x and not fold):
         pairs = zip(ctx.plan.pieces, ups, strict=True)

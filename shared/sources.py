@@ -41,7 +41,8 @@ def source(x: Tensor) -> Source | None:
     read = KNOWN.get(type(node).__name__)
     if read is None or type(x) is not Tensor or x._version or x.output_nr:
         return None
-    if torch._C._are_functorch_transforms_active() or torch._C._autograd._top_saved_tensors_default_hooks(True):
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+    if hooks is not None or torch._C._are_functorch_transforms_active():
         return None
     try:
         return read(node)
