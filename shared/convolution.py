@@ -130,17 +130,18 @@ class _LowRankConvolution(torch.autograd.Function):
         x, weight, h, *factors = ctx.saved_tensors
         need_x, need_weight, need_bias, _, *need = ctx.needs_input_grad
         downs, ups = [f.to(gy.dtype) for f in factors[::2]], [f.to(gy.dtype) for f in factors[1::2]]
-        dense = need_weight or torch.is_grad_enabled() or (any(need) and not ctx.plan.ranked)
-        mask = (need_x, dense, False)
-        gx, gw, _ = torch.ops.aten.convolution_backward(
-            gy, x, _folded(weight, ctx.plan, downs, ups), None, *ctx.plan.how, mask
-        )
+        plan, places = ctx.plan, len(gy) * math.prod(gy.shape[2:])
+        dense = need_weight or torch.is_grad_enabled() or (any(need) and not plan.ranked)
+        fold = dense or not any(need) or places > 2 * weight.shape[0]  # a fold passes over the weight twice
+        used = _folded(weight, plan, downs, ups) if fold and need_x else weight
+        gx, gw, _ = torch.ops.aten.convolution_backward(gy, x, used, None, *plan.how, (need_x, dense, False))
         if not any(need):
             small: list[Tensor] = [gy] * len(need)
         elif dense:
-            small = _from_dense(gw.flatten(1), ctx.plan, downs, ups)
+            small = _from_dense(gw.flatten(1), plan, downs, ups)
         else:
-            small = _from_rank(x, gy, weight, h, ctx.plan, downs, ups)
+            part, small = _from_rank(x, gy, weight, h, plan, downs, ups, need_x and not fold)
+            gx = gx if part is None else gx.add_(part)
         return (
             gx if need_x else None,
             gw if need_weight else None,
@@ -159,9 +160,16 @@ def _from_dense(gw: Tensor, plan: _Plan, downs: Sequence[Tensor], ups: Sequence[
 
 
 def _from_rank(
-    x: Tensor, gy: Tensor, weight: Tensor, h: Tensor | None, plan: _Plan, downs: Sequence[Tensor], ups: Sequence[Tensor]
-) -> list[Tensor]:
-    """Gradients of the factors by r channels; h (B, g, r of all pieces, S)."""
+    x: Tensor,
+    gy: Tensor,
+    weight: Tensor,
+    h: Tensor | None,
+    plan: _Plan,
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    need_x: bool,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The input's gradient through the change, where asked for, and the factors'; h (B, g, r of all pieces, S)."""
     groups, small = plan.groups, []
     inner = []
     hs = [None] * len(downs) if h is None else _split(h, downs)
@@ -170,24 +178,33 @@ def _from_rank(
         inner.append(torch.matmul(_grouped(up, groups), rows) * scale)
         change = up if each is None else torch.matmul(each, rows.mT).sum(0).transpose(0, 1).flatten(1) * scale
         small += [up, change]
-    g = torch.cat(inner, 2)  # (B, g, r of all pieces, S)
+    g, down = torch.cat(inner, 2), torch.cat(list(downs))  # (B, g, r of all pieces, S)
     if _pointwise(weight, plan):
+        gx = torch.matmul(down.t(), g[:, 0]).view(x.shape) if need_x else None
         gdown = torch.matmul(g[:, 0], x.flatten(2).mT).sum(0)
     else:
-        kernels = weight.new_empty(groups * g.shape[2], *weight.shape[1:])
-        channels = g.flatten(1, 2).unflatten(2, gy.shape[2:])
-        gdown = torch.ops.aten.convolution_backward(channels, x, kernels, None, *plan.how, (False, True, False))[1]
+        channels, kernels = g.flatten(1, 2).unflatten(2, gy.shape[2:]), _kernels(down, weight, groups)
+        mask = (need_x, True, False)
+        gx, gdown, _ = torch.ops.aten.convolution_backward(channels, x, kernels, None, *plan.how, mask)
         gdown = gdown.flatten(1).unflatten(0, (groups, -1)).sum(0)
     small[::2] = gdown.split([len(down) for down in downs])
-    return small
+    return gx if need_x else None, small
 
 
 def _inner(x: Tensor, down: Tensor, weight: Tensor, plan: _Plan) -> Tensor:
     """The r channels (B, g, r, S) between the factors."""
     if _pointwise(weight, plan):
         return torch.matmul(down, x.flatten(2)).unsqueeze(1)
-    kernels = down.unflatten(1, weight.shape[1:]).repeat(plan.groups, *(1,) * (weight.ndim - 1))
-    return torch.convolution(x, kernels, None, *plan.how).flatten(2).unflatten(1, (plan.groups, -1))
+    return (
+        torch.convolution(x, _kernels(down, weight, plan.groups), None, *plan.how)
+        .flatten(2)
+        .unflatten(1, (plan.groups, -1))
+    )
+
+
+def _kernels(down: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """``down`` (r, K) as r kernels for each group."""
+    return down.unflatten(1, weight.shape[1:]).repeat(groups, *(1,) * (weight.ndim - 1))
 
 
 def _add(y: Tensor, h: Tensor, up: Tensor, scale: float) -> None:
@@ -217,7 +234,7 @@ def _pointwise(weight: Tensor, plan: _Plan) -> bool:
 
 def _long(x: Tensor, weight: Tensor, plan: _Plan) -> bool:
     """Whether the output's places outnumber K, so that folding is shorter."""
-    return len(x) * math.prod(x.shape[2:]) > weight[0].numel() * math.prod(plan.how[0])
+    return len(x) * math.prod(x.shape[2:]) > 2 * weight[0].numel() * math.prod(plan.how[0])
 
 
 def _folded(weight: Tensor, plan: _Plan, downs: Sequence[Tensor], ups: Sequence[Tensor]) -> Tensor:

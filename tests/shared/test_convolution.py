@@ -70,7 +70,7 @@ def test_values_and_gradients_equal_autograd(**chosen) -> None:
 
 
 # By r channels and by the weight's gradient; folded and beside; whole, in rows and in groups.
-@pytest.mark.parametrize(("rank", "kernel", "size"), [(1, 3, 6), (4, 1, 6), (1, 3, 3)])
+@pytest.mark.parametrize(("rank", "kernel", "size"), [(1, 3, 6), (4, 1, 6), (1, 3, 3), (1, 1, 30)])
 @pytest.mark.parametrize(("groups", "split"), [(1, False), (1, True), (2, False)])
 def test_first_and_second_derivatives_are_right(rank, kernel, size, groups, split) -> None:
     torch.manual_seed(0)
