@@ -61,7 +61,9 @@ def pulled_itself(g: Tensor, x: Tensor) -> Tensor:
 def _layer_norm(node: Any) -> Source | None:
     if len(node._saved_normalized_shape) != 1:
         return None
-    tensors = node._saved_input, node._saved_result1, node._saved_result2, node._saved_weight, node._saved_bias
+    # Copies of the two vectors: a sharded norm gives its own up after its forward, before this is read.
+    vectors = (None if each is None else each.clone() for each in (node._saved_weight, node._saved_bias))
+    tensors = (node._saved_input, node._saved_result1, node._saved_result2, *vectors)
     return Source(tensors, _normed_again, _pulled_normed)
 
 
