@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.adapter import Adapter, WeightAdapter
+from shared.convolution import CONVOLUTIONS, convolution, convolution_beside, fits
 from shared.errors import RequestError
 from shared.folding import same, stamp_of
-from shared.linear import CONVOLUTIONS, Piece, changed, convolution_beside, dropped, linear, linear_beside
+from shared.linear import Piece, by_hand, changed, dropped, linear, linear_beside
 from shared.sites import Site
 
 
@@ -257,35 +258,33 @@ def _beside(port: Port, training: bool) -> list[Piece] | None:
         return None
     if not pieces:
         return []
-    dropout = training and any(piece.dropout for piece in pieces)
-    if port.state.form == "separate" or dropout:
+    if port.state.form == "separate" or (training and any(piece.dropout for piece in pieces)):
         return pieces
     return pieces if torch.is_grad_enabled() and not torch.compiler.is_compiling() else []
 
 
 def _linear_forward(host: nn.Linear, x: Tensor) -> Tensor:
     port, training = host.__dict__["_port"], _training(host)
-    pieces = _beside(port, training)
+    pieces, weight = _beside(port, training), port.frozen(host, "weight")
     if pieces is None:
-        return dropped(F.linear, x, port.frozen(host, "weight"), host.bias, port.parts("weight"))
+        return dropped(F.linear, x, weight, host.bias, port.parts("weight"))
     if not pieces:
         return F.linear(x, host.weight, host.bias)
-    weight = port.frozen(host, "weight")
-    fused = port.state.form == "auto" and not (training and any(p.dropout for p in pieces))
-    if fused and not torch.is_autocast_enabled(x.device.type):
+    if by_hand(x, pieces, port.state.form, training):
         return linear(x, weight, host.bias, pieces)
     return linear_beside(x, F.linear(x, weight, host.bias), pieces, training)
 
 
 def _convolution_forward(original: Callable[..., Tensor], host: Any, x: Tensor) -> Tensor:
     port, training = host.__dict__["_port"], _training(host)
-    pieces = _beside(port, training)
+    pieces, weight = _beside(port, training), port.frozen(host, "weight")
     if pieces is None:
-        return dropped(host._conv_forward, x, port.frozen(host, "weight"), host.bias, port.parts("weight"))
+        return dropped(host._conv_forward, x, weight, host.bias, port.parts("weight"))
     if not pieces:
         return original(host, x)
-    y = host._conv_forward(x, port.frozen(host, "weight"), host.bias)
-    return convolution_beside(host, x, y, pieces, training)
+    if by_hand(x, pieces, port.state.form, training) and fits(host, x, pieces):
+        return convolution(host, x, weight, pieces)
+    return convolution_beside(host, x, host._conv_forward(x, weight, host.bias), pieces, training)
 
 
 def _training(host: nn.Module) -> bool:

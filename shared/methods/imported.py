@@ -13,8 +13,8 @@ from shared.adapter import WeightAdapter
 from shared.blocks.low_rank import Replacement
 from shared.blocks.lycoris import AnyRank, Hadamard, Kronecker, Tucker
 from shared.blocks.magnitude import Decomposed
+from shared.convolution import CONVOLUTIONS
 from shared.errors import RequestError
-from shared.linear import CONVOLUTIONS
 from shared.method import Method
 from shared.sites import Site, Sites
 from shared.taxonomy import Record
