@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shared.adapted import Bank
+from shared.attaching import Bank
 from shared.adapter import Adapter
 from shared.blocks.placement import on_output
 from shared.context import Context
