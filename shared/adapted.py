@@ -14,12 +14,13 @@ from shared import attaching, store, trained
 from shared.backbone import Backbone, fingerprint
 from shared.context import Context
 from shared.errors import RequestError
-from shared.host import Port, State
+from shared.host import Port
 from shared.memory import Saving, compressed
 from shared.merge import merge, unmerge
 from shared.method import Method
 from shared.rows import run_by_rows
 from shared.sites import Sites, describe
+from shared.state import State
 
 
 def adapt(
@@ -97,8 +98,7 @@ class Adapted(nn.Module):
 
     def activate(self, *names: str, strength: float | Mapping[str, float] = 1.0) -> None:
         """Put these adapters in force, in this order (none: the bare model); constant time whatever is loaded."""
-        for name in names:
-            self._known(name)
+        self.known(*names)
         if isinstance(strength, Mapping):
             self.state.active = tuple((name, float(strength.get(name, 1.0))) for name in names)
         else:
@@ -113,9 +113,11 @@ class Adapted(nn.Module):
         finally:
             self.state.active = before
 
-    def _known(self, name: str) -> None:
-        if name not in self.methods:
-            raise RequestError(f"no adapter {name!r}; loaded: {', '.join(self.methods) or 'none'}")
+    def known(self, *names: str) -> None:
+        """Raises RequestError where an adapter is not loaded."""
+        for name in names:
+            if name not in self.methods:
+                raise RequestError(f"no adapter {name!r}; loaded: {', '.join(self.methods) or 'none'}")
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -128,7 +130,8 @@ class Adapted(nn.Module):
     ) -> Any:
         """Run the backbone and the head.
 
-        adapters: one adapter name (or None) for each sample of the batch, in place of the active ones.
+        adapters: one adapter name (or None) for each sample of the batch, in place of the active ones; in one forward
+        where ``shared.rows`` can.
         context: named values for this call's adapters. The head gets the backbone's output and the spatial size of
         the first input.
         """

@@ -11,11 +11,12 @@ from torch import nn
 from shared.adapter import Adapter, WeightAdapter
 from shared.backbone import Backbone
 from shared.errors import RequestError
-from shared.host import Port, State, become_host
+from shared.host import Port, become_host
 from shared.linear import CONVOLUTIONS
 from shared.method import Method, check_choices
 from shared.proof import prove
 from shared.sites import Site, Sites
+from shared.state import State
 
 
 class Bank(nn.ModuleDict):
@@ -83,7 +84,7 @@ def _build(model: Any, method: Method, chosen: Sites | None) -> dict[str, Any]:
 
 def remove(model: Any, name: str) -> None:
     """Take an adapter off; the last one gone, the backbone is bit for bit what it was."""
-    model._known(name)
+    model.known(name)
     if users := [user for user, method in model.methods.items() if name in method.uses]:
         raise RequestError(f"adapter {name!r} is in use: {users[0]!r} works through it; remove that one first")
     model.unmerge()
@@ -102,6 +103,7 @@ def attach(site: Site, adapter: Adapter | WeightAdapter, name: str, state: State
     """Put an adapter on a site's module, under ``name``; the module becomes a host if it is not one yet."""
     if isinstance(adapter, WeightAdapter):
         _check_weight_site(site, adapter)
+    state.renew()
     host = site.module
     port = host.__dict__.get("_port")
     if port is None:
@@ -143,7 +145,7 @@ def detach(host: nn.Module, name: str) -> None:
     for by_name in port.on.values():
         by_name.pop(name, None)
     port.on = {parameter: by_name for parameter, by_name in port.on.items() if by_name}
-    port.state.folds.clear()
+    port.state.renew()
     if not port.around:
         for key in [key for key, hook in host._forward_pre_hooks.items() if hook is _stay_called]:
             del host._forward_pre_hooks[key]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,47 +19,11 @@ from torch import Tensor, nn
 
 from shared.adapter import Adapter, WeightAdapter
 from shared.errors import RequestError
-from shared.folds import Active, Fold, Folds
+from shared.folds import Fold
 from shared.linear import CONVOLUTIONS, Piece, changed, convolution_beside, dropped, linear, linear_beside
-
+from shared.state import State
 
 FOLD = 2  # making a fold costs what running beside I*O/(I+O) tokens costs, times this (measured: 1.5 to 3.5)
-
-
-class State:
-    """What all hosts of one model share, so that switching costs the same whatever the depth and number of adapters.
-
-    active: (name, strength) of the adapters in force, in order.  merged: the same for what the stored weights hold.
-    form: "auto", or "separate" to keep low-rank changes beside the product.  folds: what inference keeps.
-    rows: in a call whose samples have adapters of their own, how hosts are to run (see ``shared.rows``).
-    hosts: how many there are.
-    """
-
-    def __init__(self) -> None:
-        self._active: Active = ()
-        self.merged: Active = ()
-        self.form = "auto"
-        self.folds = Folds()
-        self.rows: Rows | None = None
-        self.hosts = 0
-
-    @property
-    def active(self) -> Active:
-        return self._active
-
-    @active.setter
-    def active(self, active: Active) -> None:
-        self._active = active
-        self.folds.switch(active)
-
-
-class Rows(Protocol):
-    """How hosts run where each row of the batch has its own adapter."""
-
-    def call(self, port: Port, host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any: ...
-
-    def read(self, port: Port, parameter: str) -> None:
-        """Called where an adapted parameter is read as a tensor."""
 
 
 class Port:
@@ -192,6 +156,14 @@ class Port:
 
 def _infers(state: State) -> bool:
     return state.form == "auto" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def calls_linear(host: nn.Module) -> bool:
+    """Whether the host is a linear layer that is called: torch's attention reads its output projection without."""
+    original = getattr(type(host), "_host_of", type(host))
+    return original.forward is nn.Linear.forward and not issubclass(
+        original, nn.modules.linear.NonDynamicallyQuantizableLinear
+    )
 
 
 def become_host(host: nn.Module, port: Port) -> None:

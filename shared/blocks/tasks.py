@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shared.attaching import Bank
 from shared.adapter import Adapter
+from shared.attaching import Bank
 from shared.blocks.placement import on_output
 from shared.context import Context
 from shared.errors import RequestError

@@ -67,7 +67,9 @@ def test_the_fold_is_kept_while_nothing_changes() -> None:
     infer(model)
     kept = [model.state.folds.now[port, "weight"].value for port in model.hosts().values()]
     infer(model)
-    assert all(a is model.state.folds.now[port, "weight"].value for a, port in zip(kept, model.hosts().values(), strict=True))
+    assert all(
+        a is model.state.folds.now[port, "weight"].value for a, port in zip(kept, model.hosts().values(), strict=True)
+    )
 
 
 def test_inference_mode_then_training() -> None:
