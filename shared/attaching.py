@@ -88,12 +88,12 @@ def remove(model: Any, name: str) -> None:
     if users := [user for user, method in model.methods.items() if name in method.uses]:
         raise RequestError(f"adapter {name!r} is in use: {users[0]!r} works through it; remove that one first")
     model.unmerge()
+    model.state.active = tuple(pair for pair in model.state.active if pair[0] != name)
     for host in model.backbone.modules():
         if "_port" in host.__dict__:
             detach(host, name)
     del model.bank[name], model.methods[name]
     model.prepared.discard(name)
-    model.state.active = tuple(pair for pair in model.state.active if pair[0] != name)
     if not model.methods:
         for parameter_name, parameter in model.backbone.named_parameters():
             parameter.requires_grad_(model._frozen.get(parameter_name, True))

@@ -5,7 +5,8 @@ nothing. ``Adapted.eval`` makes those of the active adapters, so that the first 
 adapter switched to later runs beside its layers until what that has cost would have paid for its folds.
 
 What torch does not count cannot be seen: writing in place through ``tensor.data`` or a NumPy view of a parameter.
-``train()``, ``eval()`` and ``Adapted.fold`` start anew.
+``train()``, ``eval()`` and ``Adapted.fold`` start anew. Steps of fused optimisers, which it does not count either, are
+counted here.
 """
 
 from __future__ import annotations
@@ -14,10 +15,20 @@ from collections.abc import Iterable
 from operator import is_, itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Active = tuple[tuple[str, float], ...]  # (name, strength) of adapters in force, in order
 SPARE = 256 * 2**20
+
+
+def _count_step(optimiser: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimiser.param_groups:
+        torch.autograd.graph.increment_version([p for p in group["params"] if not p.is_inference()])
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class Fold:
