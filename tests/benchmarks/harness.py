@@ -1,7 +1,8 @@
 """How everything here is measured: alternating pairs in one process, memory in fresh ones, rows of JSON and a page.
 
-A script has ``measure()``, which gives rows (a list, or one by one), and ends with ``run(__name__, measure)``. Calling it by ``python -m`` prints its
-rows and writes them to ``results/<script>.json``. Times are told as ratios within one run, never alone.
+A script has ``measure()``, which gives rows (a list, or one by one), and ends with ``run(__name__, measure)``. Calling
+it by ``python -m`` prints its rows and writes them to ``results/<script>.json``. Times are told as ratios within one
+run, never alone.
 """
 
 from __future__ import annotations

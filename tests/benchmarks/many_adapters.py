@@ -99,6 +99,8 @@ def _switching() -> list[Row]:
     rows += [
         Row(name, "switch and call / bare", *found[name], note=note) for name, note in zip(cases, notes, strict=True)
     ]
+    model.state.form = "separate"
+    model.eval()  # lets go of the folds
     held = _bytes()
     model.add(method, name="more")
     own = sum(p.numel() * p.element_size() for p in model.bank["more"].parameters())
