@@ -169,7 +169,8 @@ class Adapted(nn.Module):
         (a few samples), and the folds of those used last are kept (``shared.folds``). Frozen weights never change.
         """
         state = self.state
-        if state.form == "auto" and state.active != state.merged:
+        whole = all(type(p) is nn.Parameter for p in self.bank.parameters())  # not divided among processes
+        if whole and state.form == "auto" and state.active != state.merged:
             state.folds.earn()
             with torch.no_grad():
                 for path, port in self.hosts().items():
