@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared import store, trained
+from shared import attaching, store, trained
 from shared.backbone import Backbone, fingerprint
 from shared.context import Context
 from shared.dropping import draw, drop
 from shared.errors import RequestError
-from shared.host import Port, State, attach, detach
+from shared.host import Port
 from shared.memory import Saving, compressed
 from shared.merge import merge, unmerge
-from shared.method import Method, check_choices
-from shared.proof import prove
+from shared.method import Method
 from shared.rows import run_by_rows
 from shared.sites import Sites, describe
+from shared.state import State
 
 
 def adapt(
@@ -45,13 +45,6 @@ def adapt(
     return model
 
 
-class Bank(nn.ModuleDict):
-    """Modules by name, where any name without a dot will do ("forward", "type", "lora")."""
-
-    def __setitem__(self, key: str, module: nn.Module) -> None:
-        self._modules[key] = module
-
-
 class Adapted(nn.Module):
     """A backbone with named adapters. Calling it is calling the backbone, then the head where there is one.
 
@@ -65,7 +58,7 @@ class Adapted(nn.Module):
     def __init__(self, backbone: nn.Module, *, head: nn.Module | None = None, sites: Sites | None = None):
         super().__init__()
         self.backbone, self.head = backbone, head
-        self.bank = Bank()
+        self.bank = attaching.Bank()
         self.methods: dict[str, Method] = {}
         self.prepared: set[str] = set()
         self.state = State()
@@ -89,74 +82,11 @@ class Adapted(nn.Module):
 
     def add(self, method: Method, *, name: str = "default", example: Sequence[Any] | None = None) -> None:
         """Attach one more adapter and make it the active one; the model is unchanged where any step of it fails."""
-        if not name or "." in name or name in self.methods:
-            raise RequestError(
-                f"adapter name {name!r}: " + ("it is taken" if name in self.methods else "use a name without dots")
-            )
-        if self.state.merged:
-            raise RequestError("adapters are merged into the weights; unmerge() before adding another")
-        if self.state.lowest or self.state.most:
-            raise RequestError("adapters of the lowest blocks are dropped; drop(0) before adding another")
-        check_choices(method)
-        chosen = method.sites(self.sites())
-        if chosen is not None and not len(chosen):
-            raise RequestError(f"{type(method).__name__} attaches to zero sites of {self.backbone_name}")
-        modules = self._build(method, chosen)
-        before, known = self.state.active, tuple(self.methods)
-        if not known:  # the last one that was removed left the backbone as it had come
-            self.backbone.requires_grad_(False)
-        try:
-            method.connect(self, modules)
-            self.bank[name] = Bank(modules)
-            self.methods[name] = method
-            for site in chosen or ():
-                attach(site, modules[site.key], name, self.state)
-            self.activate(name)
-            if example is None and modules and isinstance(self.backbone, Backbone):
-                example = self.backbone.example()
-            if example is not None and modules:
-                prove(self, name, example)
-                for port in self.hosts().values():
-                    port.folded.clear()  # copies of whole weights, made only for the proof
-        except Exception:
-            for added in [n for n in self.methods if n not in known][::-1]:
-                self.remove(added)
-            self.state.active = before
-            raise
-        if method.trains_backbone:
-            self.fingerprint  # noqa: B018  of the weights before they train
-            self.backbone.requires_grad_(True)
-            self.train(self.training)
-
-    def _build(self, method: Method, chosen: Sites | None) -> dict[str, Any]:
-        if chosen is None:
-            return {}
-        device = next((s.module._parameters[s.parameter].device for s in chosen if s.parameter), None)  # type: ignore[union-attr,index]
-        device = device or next((p.device for p in self.backbone.parameters()), torch.device("cpu"))
-        with torch.device(device):
-            modules = method.build_all(chosen)
-        if set(modules) != {site.key for site in chosen}:
-            raise RequestError(f"{type(method).__name__} built {len(modules)} modules for {len(chosen)} sites")
-        for module in modules.values():
-            module.context = self.context
-        return modules
+        attaching.add(self, method, name, example)
 
     def remove(self, name: str = "default") -> None:
         """Take an adapter off; the last one gone, the backbone is bit for bit what it was."""
-        self._known(name)
-        if users := [user for user, method in self.methods.items() if name in method.uses]:
-            raise RequestError(f"adapter {name!r} is in use: {users[0]!r} works through it; remove that one first")
-        self.unmerge()
-        for host in self.backbone.modules():
-            if "_port" in host.__dict__:
-                detach(host, name)
-        del self.bank[name], self.methods[name]
-        self.prepared.discard(name)
-        self.state.active = tuple(pair for pair in self.state.active if pair[0] != name)
-        if not self.methods:
-            self.drop(0)
-            for parameter_name, parameter in self.backbone.named_parameters():
-                parameter.requires_grad_(self._frozen.get(parameter_name, True))
+        attaching.remove(self, name)
 
     def hosts(self) -> dict[str, Port]:
         """The ports of the backbone's hosts, by module path."""
@@ -171,8 +101,7 @@ class Adapted(nn.Module):
 
     def activate(self, *names: str, strength: float | Mapping[str, float] = 1.0) -> None:
         """Put these adapters in force, in this order (none: the bare model); constant time whatever is loaded."""
-        for name in names:
-            self._known(name)
+        self.known(*names)
         if isinstance(strength, Mapping):
             self.state.active = tuple((name, float(strength.get(name, 1.0))) for name in names)
         else:
@@ -196,10 +125,14 @@ class Adapted(nn.Module):
         Raises RequestError where an active adapter acts in none of these blocks, in no other one, or across blocks.
         """
         drop(self, lowest, drawn)
+        if not self.training:
+            self.fold()
 
-    def _known(self, name: str) -> None:
-        if name not in self.methods:
-            raise RequestError(f"no adapter {name!r}; loaded: {', '.join(self.methods) or 'none'}")
+    def known(self, *names: str) -> None:
+        """Raises RequestError where an adapter is not loaded."""
+        for name in names:
+            if name not in self.methods:
+                raise RequestError(f"no adapter {name!r}; loaded: {', '.join(self.methods) or 'none'}")
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -212,7 +145,8 @@ class Adapted(nn.Module):
     ) -> Any:
         """Run the backbone and the head.
 
-        adapters: one adapter name (or None) for each sample of the batch, in place of the active ones.
+        adapters: one adapter name (or None) for each sample of the batch, in place of the active ones; in one forward
+        where ``shared.rows`` can.
         context: named values for this call's adapters, and for a head that has a ``context``. The head gets the
         backbone's output and the spatial size of the first input.
         """
@@ -240,7 +174,30 @@ class Adapted(nn.Module):
         super().train(mode)
         if not any(method.trains_backbone for method in self.methods.values()):
             self.backbone.eval()
+        self.state.folds.clear()
+        return self if mode else self.fold()
+
+    def fold(self) -> Adapted:
+        """Fold the active adapters now, as ``eval`` does, so that the next call without gradients is a fast one.
+
+        Inference folds by itself: adapters switched to run beside their layers until that has cost what folding does
+        (a few samples), and the folds of those used last are kept (``shared.folds``). Frozen weights never change.
+        """
+        state = self.state
+        whole = all(type(p) is nn.Parameter for p in self.bank.parameters())  # not divided among processes
+        if whole and state.form == "auto" and state.active != state.merged:
+            state.folds.earn()
+            with torch.no_grad():
+                for path, port in self.hosts().items():
+                    host = self.backbone.get_submodule(path)
+                    for parameter in port.on:
+                        port.read(host, parameter)
         return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.state.folds.clear()  # of tensors that now move or change their type
+        super()._apply(*args, **kwargs)
+        return self if self.training else self.fold()
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -257,7 +214,9 @@ class Adapted(nn.Module):
     def step(self, number: int, seed: int = 0) -> None:
         """Tell the active methods which training step comes next; ``seed`` is the run's."""
         generator = torch.Generator().manual_seed(hash((seed, number)) & 0xFFFF_FFFF_FFFF)
-        self.state.drawn = draw(self.state.most, number, seed)
+        if self.state.most:
+            self.state.drawn = draw(self.state.most, number, seed)
+            self.state.folds.clear()
         for name in self.active:
             self.methods[name].step(self.bank[name], number, generator)  # type: ignore[arg-type]
 
@@ -314,6 +273,8 @@ class Adapted(nn.Module):
         """Copy tensors in; every name and shape must fit, and nothing is changed where one does not."""
         trained.load(self, state, source)
         self.prepared |= set(self.active)
+        if not self.training:
+            self.fold()
 
     # -- files -----------------------------------------------------------------------------------------------------
 

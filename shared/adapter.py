@@ -10,6 +10,26 @@ from torch import Tensor, nn
 from shared.context import Context
 
 
+class Branch(NamedTuple):
+    """A small computation at a host, ``scale * (act(x @ down.T + down_bias) @ up + up_bias)``, and where it goes.
+
+    place: "before" (added to the host's input), "after" (to its output, from that) or "beside" (to its output, from its
+    input).  rows: the range of the output's last axis that an "after" or "beside" is about, None: all of it.
+    down: (width, inputs).  up: (width, outputs).  activation: a name of ``shared.blocks.bottleneck.ACTIVATIONS``.
+    dropout: probability on its input, in training.
+    """
+
+    place: str
+    rows: tuple[int, int] | None
+    down: Tensor
+    down_bias: Tensor | None
+    activation: str
+    up: Tensor
+    up_bias: Tensor | None
+    scale: float | Tensor
+    dropout: float
+
+
 class Adapter(nn.Module):
     """A function around a frozen module: parallel, sequential, replacing, whatever its ``forward`` says.
 
@@ -33,6 +53,10 @@ class Adapter(nn.Module):
         """``base`` plus ``strength`` times what an additive adapter adds to it."""
         bare = base(*args, **kwargs)
         return bare + strength * (self(lambda *_, **__: bare, *args, **kwargs) - bare)
+
+    def as_branch(self) -> Branch | None:
+        """What it does as one branch of two linear layers, where that is all it does: many of them run as one."""
+        return None
 
     def merged(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor] | None:
         """What the host's own parameters become where it alone shall compute what ``forward`` does around it.

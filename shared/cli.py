@@ -165,12 +165,19 @@ def _numbers(text: str) -> list[int]:
     return [int(word) for word in _names(text)]
 
 
+def _recipe(asked: argparse.Namespace, *, files: bool = True) -> Any:
+    """The recipe that a command names, checked; called before torch is imported, so that a slip costs no wait."""
+    from shared import recipe
+
+    return recipe.load(asked.recipe, asked.overrides, tiny=asked.tiny, files=files)
+
+
 def _run(asked: argparse.Namespace) -> None:
-    from shared import recipe, run
+    chosen = _recipe(asked)
+    from shared import run
     from shared.report.terminal import print_run
     from shared.training.processes import rank
 
-    chosen = recipe.load(asked.recipe, asked.overrides, tiny=asked.tiny)
     folder = run.directory(chosen, asked.output, resume=asked.resume)
     found = run.run(chosen, folder, resume=asked.resume)
     if rank() == 0:
@@ -179,14 +186,15 @@ def _run(asked: argparse.Namespace) -> None:
 
 
 def _compare(asked: argparse.Namespace) -> None:
-    from shared import compare, recipe
     from shared.training.processes import launched
 
     if launched():
         raise RequestError("compare starts its processes itself: call it without torchrun, with trainer.devices=N")
     if asked.resume and asked.output is None:
         raise RequestError("compare --resume: name the directory of the comparison with --output")
-    chosen = recipe.load(asked.recipe, asked.overrides, tiny=asked.tiny)
+    chosen = _recipe(asked)
+    from shared import compare
+
     compare.compare(chosen, asked.methods, asked.seeds, asked.output, folds=asked.folds, resume=asked.resume)
 
 
@@ -230,11 +238,11 @@ def _export(asked: argparse.Namespace) -> None:
 
 
 def _import(asked: argparse.Namespace) -> None:
-    from shared import Adapted, interop, recipe, run
-
     if asked.output.exists():
         raise RequestError(f"{asked.output}: it is there already; name another file")
-    chosen = recipe.load(asked.recipe, asked.overrides, tiny=asked.tiny, files=False)
+    chosen = _recipe(asked, files=False)
+    from shared import Adapted, interop, run
+
     run.seed(chosen.seed)
     model = Adapted(chosen.build("backbone", bands=chosen.outline().bands))
     interop.import_adapter(model, asked.file, skip=asked.skip)
@@ -243,9 +251,9 @@ def _import(asked: argparse.Namespace) -> None:
 
 
 def _count(asked: argparse.Namespace) -> None:
-    from shared import recipe, run
+    chosen = _recipe(asked, files=False)
+    from shared import run
 
-    chosen = recipe.load(asked.recipe, asked.overrides, tiny=asked.tiny, files=False)
     numbers = run.count(chosen)
     if asked.json:
         print(json.dumps(numbers))

@@ -21,6 +21,7 @@ def drop(model: Any, lowest: int, drawn: int) -> None:
         for name in model.active:
             _check(model, name, most)
     model.state.lowest, model.state.most, model.state.drawn = lowest, drawn, 0
+    model.state.folds.clear()
 
 
 def _check(model: Any, name: str, most: int) -> None:

@@ -20,25 +20,11 @@ from torch import Tensor, nn
 from shared.adapter import Adapter, WeightAdapter
 from shared.convolution import CONVOLUTIONS, convolution, convolution_beside, fits
 from shared.errors import RequestError
-from shared.folding import same, stamp_of
+from shared.folds import Fold
 from shared.linear import Piece, by_hand, changed, dropped, linear, linear_beside
-from shared.sites import Site
+from shared.state import State
 
-
-class State:
-    """What all hosts of one model share, so that switching costs the same whatever the depth and number of adapters.
-
-    active: (name, strength) of the adapters in force, in order.  merged: the same for what the stored weights hold.
-    form: "auto", or "separate" to keep low-rank changes beside the product.
-    lowest: blocks, from the first, whose adapters rest.  drawn: as many of those in training mode, in this step, of
-    0 to ``most``.
-    """
-
-    def __init__(self) -> None:
-        self.active: tuple[tuple[str, float], ...] = ()
-        self.merged: tuple[tuple[str, float], ...] = ()
-        self.form = "auto"
-        self.lowest, self.drawn, self.most = 0, 0, 0
+FOLD = 2  # making a fold costs what running beside I*O/(I+O) tokens costs, times this (measured: 1.5 to 3.5)
 
 
 class Port:
@@ -52,11 +38,10 @@ class Port:
         self.around: dict[str, list[Adapter]] = {}
         self.on: dict[str, dict[str, list[tuple[tuple[int, int] | None, WeightAdapter]]]] = {}
         self.stored: dict[str, Tensor | None] = {}  # originals, while merged; None for a bias that had not been
-        self.folded: dict[str, tuple[Any, Tensor]] = {}
         self.ran: set[int] = set()  # ids of the adapters used since last cleared: the proof of effect reads it
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"folded": {}, "ran": set()}
+        return self.__dict__ | {"ran": set()}
 
     def frozen(self, host: nn.Module, parameter: str) -> Tensor:
         """The tensor as it was before any merge; None for a bias that only the merge made."""
@@ -65,6 +50,8 @@ class Port:
     def read(self, host: nn.Module, parameter: str) -> Tensor | None:
         """What reading the host's parameter gives: the frozen tensor changed by the active adapters."""
         state, raw = self.state, host._parameters[parameter]
+        if state.rows is not None:
+            state.rows.read(self, parameter)
         if self.stored and state.active == state.merged:
             return raw
         parts = self.parts(parameter)
@@ -93,12 +80,32 @@ class Port:
 
     def _fold(self, weight: Tensor, parameter: str, parts) -> Tensor:
         """The changed tensor, computed once and kept until anything it depends on changes."""
-        stamp = stamp_of(weight, self.state.active, (adapter for _, rows in parts for _, adapter in rows))
-        kept = self.folded.get(parameter)
-        if kept is None or not same(kept[0], stamp):
-            with torch.inference_mode(False), torch.no_grad():
-                kept = self.folded[parameter] = (stamp, changed(weight, parts))
-        return kept[1]
+        kept = self.state.folds.now
+        fold = None if kept is None else kept.get((self, parameter))
+        if fold is not None and fold.holds(weight):
+            return fold.value
+        with torch.inference_mode(False), torch.no_grad():
+            value = changed(weight, parts)
+        if (fold := Fold.of(value, weight, [adapter for _, rows in parts for _, adapter in rows])) is not None:
+            self.state.folds.keep((self, parameter), fold)
+        return value
+
+    def _infer(self, host: nn.Linear, x: Tensor) -> Tensor | None:
+        """The output of a linear host without gradients: folded, or beside it while a fold has not paid.
+
+        None where ``_linear_forward`` must see to it.
+        """
+        folds, weight = self.state.folds, self.frozen(host, "weight")
+        if folds.now is not None:
+            fold = folds.now.get((self, "weight"))
+            if fold is None or not fold.holds(weight):
+                return None
+            return F.linear(x, fold.value, host.bias if "bias" in self.on else host._parameters["bias"])
+        if _training(host) or not (pieces := self.pieces("weight")):
+            return None
+        outputs, inputs = weight.shape
+        folds.owe(x.numel() / inputs * (inputs + outputs) / (FOLD * inputs * outputs), self.state.hosts)
+        return linear_beside(x, F.linear(x, weight, host.bias), pieces, False)
 
     def pieces(self, parameter: str) -> list[Piece] | None:
         """The active changes of a parameter as factors, or None where one has none; empty where none is active."""
@@ -122,7 +129,7 @@ class Port:
         else:
             raw.copy_(value)
         self.on.setdefault(parameter, {})
-        _become_host(host, self)
+        become_host(host, self)
 
     def restore(self, host: nn.Module) -> None:
         """Undo every ``store``, bit for bit."""
@@ -133,14 +140,21 @@ class Port:
                 host._parameters[parameter].copy_(original)  # type: ignore[union-attr]
         self.stored.clear()
         self.on = {parameter: by_name for parameter, by_name in self.on.items() if by_name}
-        _become_host(host, self)
+        become_host(host, self)
 
     def call(self, host: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """The host's forward inside its active adapters; the first active is the innermost."""
+        state = self.state
+        if state.rows is not None:
+            return state.rows.call(self, host, forward, args, kwargs)
+        if state.active == state.merged:
+            return forward(host, *args, **kwargs)
+        if forward is _linear_forward and not self.around and len(args) == 1 and _infers(state):
+            y = self._infer(host, args[0])  # type: ignore[arg-type]
+            if y is not None:
+                return y
         run: Callable[..., Any] = functools.partial(forward, host)
-        if self.state.active == self.state.merged:
-            return run(*args, **kwargs)
-        for name, strength in self.state.active:
+        for name, strength in state.active:
             for adapter in self.around.get(name, ()):
                 if self.rests(adapter):
                     continue
@@ -152,62 +166,19 @@ class Port:
         return run(*args, **kwargs)
 
 
-def attach(site: Site, adapter: Adapter | WeightAdapter, name: str, state: State) -> None:
-    """Put an adapter on a site's module, under ``name``; the module becomes a host if it is not one yet."""
-    if isinstance(adapter, WeightAdapter):
-        _check_weight_site(site, adapter)
-    host = site.module
-    port = host.__dict__.get("_port")
-    if port is None:
-        port = host.__dict__["_port"] = Port(state, -1 if site.role == "model" else site.depth)
-    elif port.state is not state:
-        raise RequestError(
-            f"site {site.key}: its module already belongs to another adapted model; detach that one first"
-        )
-    if isinstance(adapter, WeightAdapter):
-        port.on.setdefault(str(site.parameter), {}).setdefault(name, []).append((site.rows, adapter))
-    else:
-        port.around.setdefault(name, []).append(adapter)
-        if _stay_called not in host._forward_pre_hooks.values():
-            host.register_forward_pre_hook(_stay_called)
-    _become_host(host, port)
+def _infers(state: State) -> bool:
+    return state.form == "auto" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _stay_called(host: nn.Module, args: tuple) -> None:
-    """Does nothing: torch's fused encoder layer bypasses its children unless one of them has a hook."""
-
-
-def _check_weight_site(site: Site, adapter: WeightAdapter) -> None:
-    site.weight  # noqa: B018  raises where the site has none
-    called = isinstance(site.module, (nn.Linear, *CONVOLUTIONS)) and not isinstance(
-        site.module, nn.modules.linear.NonDynamicallyQuantizableLinear
+def calls_linear(host: nn.Module) -> bool:
+    """Whether the host is a linear layer that is called: torch's attention reads its output projection without."""
+    original = getattr(type(host), "_host_of", type(host))
+    return original.forward is nn.Linear.forward and not issubclass(
+        original, nn.modules.linear.NonDynamicallyQuantizableLinear
     )
-    if adapter.dropout and not called:
-        raise RequestError(
-            f"site {site.key}: dropout {adapter.dropout:g} cannot act on {site.parameter} of "
-            f"{type(site.module).__name__}, whose weight is read without a call; use dropout 0"
-        )
 
 
-def detach(host: nn.Module, name: str) -> None:
-    """Take the adapter ``name`` off a host; the last one gone, the module has its own class again."""
-    port = host.__dict__["_port"]
-    port.around.pop(name, None)
-    for by_name in port.on.values():
-        by_name.pop(name, None)
-    port.on = {parameter: by_name for parameter, by_name in port.on.items() if by_name}
-    port.folded.clear()
-    if not port.around:
-        for key in [key for key, hook in host._forward_pre_hooks.items() if hook is _stay_called]:
-            del host._forward_pre_hooks[key]
-    if port.around or port.on:
-        _become_host(host, port)
-    else:
-        host.__class__ = type(host)._host_of  # type: ignore[attr-defined]
-        del host.__dict__["_port"]
-
-
-def _become_host(host: nn.Module, port: Port) -> None:
+def become_host(host: nn.Module, port: Port) -> None:
     original = getattr(type(host), "_host_of", type(host))
     host.__class__ = _host_class(original, tuple(sorted(port.on)))
 

@@ -121,6 +121,7 @@ def _total(output: Any) -> Tensor:
 
 
 def _forget(model: Any) -> None:
+    model.state.folds.clear()
     for port in model.hosts().values():
         port.ran.clear()
 

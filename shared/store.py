@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +23,7 @@ KEYS = ("method", "backbone", "sites", "metrics", "version", "extra")  # of ever
 
 def save(path: str | os.PathLike, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write tensors and header: to a temporary name beside ``path``, flushed, then renamed; see ``shared.masks``."""
-    from safetensors.torch import save as to_bytes
+    from safetensors.torch import save_file
 
     if not tensors:
         raise RequestError(f"{path}: nothing to save: no trained tensor")
@@ -30,8 +31,8 @@ def save(path: str | os.PathLike, tensors: Mapping[str, Tensor], header: Mapping
     tensors, masked = masks.pack(tensors)
     header = {"format": FORMAT, **header, **({"masked": masked} if masked else {})}
     text = json.dumps(header, sort_keys=True, allow_nan=False)
-    data = to_bytes({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata={KEY: text})
-    write_atomically(path, data)
+    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    _replace(path, lambda temporary: save_file(whole, temporary, metadata={KEY: text}))
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -39,16 +40,24 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     Raises WorkError where the disk refuses (full, read-only); ``path`` is then as it was.
     """
+    _replace(path, lambda temporary: temporary.write_bytes(data))
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` make a file beside ``path``, flush it to the disk, and put it in place of ``path``."""
+    from safetensors import SafetensorError
+
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
+        write(temporary)
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise WorkError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except SafetensorError as error:  # its own word for what the disk refuses
+        raise WorkError(f"{path}: cannot be written: {error}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -193,6 +202,7 @@ def _swap(name: str, old: str, new: str) -> str:
     return new + name[len(old) :] if name.startswith(old) else name
 
 
+@functools.cache
 def _version() -> str:
     from importlib.metadata import PackageNotFoundError, version
 

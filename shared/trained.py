@@ -13,13 +13,17 @@ from shared.errors import RequestError
 
 def parameters(model: Any) -> dict[str, nn.Parameter]:
     """``adapter.<name>.<site>.<tensor>``, ``head.<tensor>``, ``backbone.<tensor>``: those that take gradients."""
-    found = _small(model) | {f"backbone.{n}": p for n, p in model.backbone.named_parameters()}
-    return {n: p for n, p in found.items() if p.requires_grad}
+    return {n: p for n, p in _small(model).items() if p.requires_grad} | _unfrozen(model)
+
+
+def _unfrozen(model: Any) -> dict[str, nn.Parameter]:
+    return {f"backbone.{n}": p for n, p in model.backbone.named_parameters() if p.requires_grad}
 
 
 def _small(model: Any) -> dict[str, nn.Parameter]:
     """All parameters of the active adapters and the head."""
-    found = {f"adapter.{n}": p for n, p in model.bank.named_parameters() if n.partition(".")[0] in model.active}
+    active = set(model.active)
+    found = {f"adapter.{n}": p for n, p in model.bank.named_parameters() if n.partition(".")[0] in active}
     if model.head is not None:
         found |= {f"head.{n}": p for n, p in model.head.named_parameters()}
     return found
@@ -49,8 +53,9 @@ def state(model: Any) -> dict[str, Tensor]:
 
     Of adapters and head that somebody froze too: a file must hold them whole.
     """
-    found: dict[str, Tensor] = {n: p.detach() for n, p in (_small(model) | parameters(model)).items()}
-    found |= {f"adapter.{n}": b for n, b in _buffers(model.bank).items() if n.partition(".")[0] in model.active}
+    active = set(model.active)
+    found: dict[str, Tensor] = {n: p.detach() for n, p in (_small(model) | _unfrozen(model)).items()}
+    found |= {f"adapter.{n}": b for n, b in _buffers(model.bank).items() if n.partition(".")[0] in active}
     if model.head is not None:
         found |= {f"head.{n}": b for n, b in _buffers(model.head).items()}
     if any(n.startswith("backbone.") for n in found):
@@ -59,10 +64,14 @@ def state(model: Any) -> dict[str, Tensor]:
 
 
 def _buffers(root: nn.Module) -> dict[str, Tensor]:
-    passing = {
-        f"{path}.{name}".lstrip(".") for path, m in root.named_modules() for name in m._non_persistent_buffers_set
-    }
-    return {n: b for n, b in root.named_buffers() if n not in passing}
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path, module in root.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in seen:
+                seen.add(id(buffer))
+                found[f"{path}.{name}".lstrip(".")] = buffer
+    return found
 
 
 def load(model: Any, given: Mapping[str, Tensor], source: str) -> None:
@@ -89,7 +98,7 @@ def load(model: Any, given: Mapping[str, Tensor], source: str) -> None:
         )
     for _, module, rank in ranks:
         module.resize(rank)
-    mine = state(model)
+    mine = state(model) if ranks else mine
     with torch.no_grad():
         for name, tensor in given.items():
             mine[name].copy_(tensor)

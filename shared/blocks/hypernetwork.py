@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.adapted import Bank
+from shared.attaching import Bank
 from shared.blocks.tasks import ByTask
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared.adapter import Adapter
+from shared.adapter import Adapter, Branch
+from shared.blocks.bottleneck import Bottleneck
 from shared.errors import RequestError
 from shared.sites import Site, Sites
 
@@ -24,6 +25,9 @@ class Before(Adapter):
         x, rest, kwargs = take(args, kwargs)
         return base(x + self.branch(x), *rest, **kwargs)
 
+    def as_branch(self) -> Branch | None:
+        return _as_branch("before", self.branch, None) if type(self) is Before else None
+
 
 class After(Adapter):
     """``y + branch(y)`` with ``y = base(x)``: series, on the output (its rows of a fused projection)."""
@@ -34,6 +38,9 @@ class After(Adapter):
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return on_output(base(*args, **kwargs), lambda y: add_rows(y, self.branch(_rows(y, self.rows)), self.rows))
+
+    def as_branch(self) -> Branch | None:
+        return _as_branch("after", self.branch, self.rows) if type(self) is After else None
 
 
 class Beside(Adapter):
@@ -46,6 +53,18 @@ class Beside(Adapter):
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         x, _, _ = take(args, kwargs)
         return on_output(base(*args, **kwargs), lambda y: add_rows(y, self.branch(x), self.rows))
+
+    def as_branch(self) -> Branch | None:
+        return _as_branch("beside", self.branch, self.rows) if type(self) is Beside else None
+
+
+def _as_branch(place: str, branch: nn.Module, rows: tuple[int, int] | None) -> Branch | None:
+    if type(branch) is not Bottleneck or type(branch.down) is not nn.Linear or type(branch.up) is not nn.Linear:
+        return None
+    down, up = branch.down, branch.up
+    return Branch(
+        place, rows, down.weight, down.bias, branch.activation, up.weight.t(), up.bias, branch.scale, branch.dropout
+    )
 
 
 def take(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from shared import store
-from shared.adapted import Bank
 from shared.adapter import Adapter
+from shared.attaching import Bank
 from shared.blocks.bottleneck import Bottleneck
 from shared.blocks.placement import on_output
 from shared.context import Context

@@ -79,8 +79,7 @@ class Sharded(DDPStrategy):
         try:
             return self._forward_redirection(self._task, self._task, step, *args, **kwargs)
         finally:
-            for port in model.hosts().values():  # a gathered tensor changes without telling
-                port.folded.clear()
+            model.state.folds.clear()  # a gathered tensor changes without telling
 
     def teardown(self) -> None:
         """As Lightning's, but the model stays where its parts are."""

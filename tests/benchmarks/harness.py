@@ -1,7 +1,8 @@
 """How everything here is measured: alternating pairs in one process, memory in fresh ones, rows of JSON and a page.
 
-A script has ``measure() -> list[Row]`` and ends with ``run(__name__, measure)``. Calling it by ``python -m`` prints its
-rows and writes them to ``results/<script>.json``. Times are told as ratios within one run, never alone.
+A script has ``measure()``, which gives rows (a list, or one by one), and ends with ``run(__name__, measure)``. Calling
+it by ``python -m`` prints its rows and writes them to ``results/<script>.json``. Times are told as ratios within one
+run, never alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def line(row: Row) -> str:
     )
 
 
-def run(name: str, measure: Callable[[], list[Row]]) -> None:
+def run(name: str, measure: Callable[[], Iterable[Row]]) -> None:
     """What a script does when it is called: measure, print, and write ``results/<script>.json``."""
     if name != "__main__":
         return

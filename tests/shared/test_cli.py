@@ -191,3 +191,12 @@ def test_inspect_tells_a_damaged_or_foreign_file_in_one_line(say, adapter, damag
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert message in err
     assert "a.safetensors" in err
+
+
+@pytest.mark.parametrize("command", ["run", "compare", "count"])
+def test_a_wrong_setting_is_told_before_torch_is_imported(command) -> None:
+    code = "import sys; from shared.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    words = [sys.executable, "-c", code, command, "quickstart", "method.rnk=8"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert "LoRA has no such setting; nearest: 'rank'" in done.stderr
+    assert done.returncode == 0

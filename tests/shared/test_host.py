@@ -65,9 +65,11 @@ def test_the_fold_follows(what) -> None:
 def test_the_fold_is_kept_while_nothing_changes() -> None:
     model = model_of(net())
     infer(model)
-    kept = [port.folded["weight"][1] for port in model.hosts().values()]
+    kept = [model.state.folds.now[port, "weight"].value for port in model.hosts().values()]
     infer(model)
-    assert all(a is port.folded["weight"][1] for a, port in zip(kept, model.hosts().values(), strict=True))
+    assert all(
+        a is model.state.folds.now[port, "weight"].value for a, port in zip(kept, model.hosts().values(), strict=True)
+    )
 
 
 def test_inference_mode_then_training() -> None:
@@ -253,7 +255,7 @@ def test_functional_use_is_twice_differentiable() -> None:
 
 def test_attaching_again_freezes_again_and_the_proof_leaves_no_copy_of_weights() -> None:
     model = adapt(nn.Sequential(nn.Linear(6, 4)), LoRA(rank=2, roles="linear"), example=(torch.randn(2, 6),))
-    assert not any(port.folded for port in model.hosts().values())
+    assert not model.state.folds.kept.get(model.state.active)
     model.remove()
     assert all(p.requires_grad for p in model.backbone.parameters())
     model.add(LoRA(rank=2, roles="linear"))
