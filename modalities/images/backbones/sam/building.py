@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,7 +40,6 @@ SHAPES = {
     "small": Shape(96, 4, 3, (1, 3), "", 8, 8, 256, 64, 128, 4),  # ours, for trials and quick trainings
     "tiny": Shape(32, 4, 2, (1, 3), "", 3, 8, 64, 32, 64, 2),
 }
-Size = Literal["vit_b", "vit_l", "vit_h", "small", "tiny"]
 
 
 def shape_of(size: str, image_size: int | None) -> Shape:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from modalities.images.backbones.inputs import check_image, check_multiple
-from modalities.images.backbones.sam.building import MEAN, STD, Size, built, resampled, shape_of
+from modalities.images.backbones.sam.building import MEAN, STD, built, resampled, shape_of
 from modalities.images.backbones.sam.prompts import Masks, Prompts, check_prompts, sized
 from modalities.images.backbones.sam.sites import decoder_sites, encoder_sites
 from shared.backbone import Backbone, Embedded, Features, TokenBackbone
@@ -33,7 +33,7 @@ class SAM(Backbone):
         self,
         bands: int,
         *,
-        size: Size = "vit_b",
+        size: Literal["vit_b", "vit_l", "vit_h", "small", "tiny"] = "vit_b",
         part: Literal["both", "encoder", "decoder"] = "both",
         image_size: int | None = None,
         weights: Literal["pretrained", "random"] = "pretrained",
@@ -138,7 +138,7 @@ class SAMEncoder(TokenBackbone):
         self,
         bands: int,
         *,
-        size: Size = "vit_b",
+        size: Literal["vit_b", "vit_l", "vit_h", "small", "tiny"] = "vit_b",
         image_size: int | None = None,
         depths: Sequence[int] | None = None,
         weights: Literal["pretrained", "random"] = "pretrained",
