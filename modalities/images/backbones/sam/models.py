@@ -108,8 +108,8 @@ class SAM(Backbone):
         return Sites(sites, self.name)
 
     def example(self) -> tuple[Any, ...]:
-        """Two small images with a point on, a point off and a mask of one object in each."""
-        image = _example(self)
+        """Two small images, square, with a point on, a point off and a mask of one object in each."""
+        image = _example(self, 2)
         (height, width), (down, across) = image.shape[2:], self.patch_size
         points = torch.tensor([[[[width / 4, height / 2], [width / 2, height / 4]]]]).to(image).repeat(2, 1, 1, 1)
         labels = torch.tensor([[[1, 0]]], device=image.device).repeat(2, 1, 1)
@@ -187,7 +187,7 @@ class SAMEncoder(TokenBackbone):
         return Sites([whole, *encoder_sites("encoder", self.encoder)], self.name)
 
     def example(self) -> tuple[Tensor]:
-        return (_example(self),)
+        return (_example(self, 3),)
 
     def __repr__(self) -> str:
         what = f"{self.name}, {self.bands} bands, image {self.image_size}, maps after blocks {self.depths} and the neck"
@@ -204,10 +204,8 @@ def embedded(backbone: Any, encoder: Any, image: Tensor) -> Tensor:
     return tokens + positions
 
 
-def _example(backbone: Any) -> Tensor:
-    """Two images of 2 x 3 patches, of about unit variance."""
-    down, across = backbone.patch_size
-    noise = torch.randn(
-        2, backbone.bands, 2 * down, 3 * across, generator=torch.Generator().manual_seed(0), device="cpu"
-    )
+def _example(backbone: Any, columns: int) -> Tensor:
+    """Two images of 2 x ``columns`` patches, of about unit variance."""
+    height, width = 2 * backbone.patch_size[0], columns * backbone.patch_size[1]
+    noise = torch.randn(2, backbone.bands, height, width, generator=torch.Generator().manual_seed(0), device="cpu")
     return noise.to(next(backbone.parameters()))
