@@ -47,6 +47,7 @@ class ShadowDetector(nn.Module):
         self.encoder: Any = _encoder(name, weights, checkpoint, seed)
         self.train_encoder = train_encoder
         self.encoder.requires_grad_(train_encoder)
+        self.encoder.bn2.requires_grad_(False)  # it comes after the last map that is read
         stages = {each["module"]: each["num_chs"] for each in self.encoder.feature_info if each["reduction"] <= 16}
         self.stages = tuple(int(module.rpartition(".")[2]) for module in stages)
         finer = list(stages.values())

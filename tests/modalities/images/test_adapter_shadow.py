@@ -204,6 +204,8 @@ def test_frozen_means_frozen_also_in_the_prompting_network() -> None:
     unfrozen = small(train_detector=True).train()
     assert any(".detector.encoder." in n for n in unfrozen.trainable())
     assert unfrozen.bank["default"]["model"].detector.encoder.training
+    sum(t.sum() for t in unfrozen(image())).backward()
+    assert all(p.grad is not None for p in unfrozen.trainable().values())
 
 
 def test_it_sees_every_nth_pixel_in_training_and_where_wanted_afterwards() -> None:
