@@ -13,6 +13,7 @@ from modalities.images.backbones.sam.building import MEAN, STD, built, resampled
 from modalities.images.backbones.sam.prompts import Masks, Prompts, check_prompts, sized
 from modalities.images.backbones.sam.sites import decoder_sites, encoder_sites
 from shared.backbone import Backbone, Embedded, Features, TokenBackbone
+from shared.errors import RequestError
 from shared.sites import Site, Sites
 
 
@@ -96,6 +97,14 @@ class SAM(Backbone):
 
     def forward(self, image: Tensor, prompts: Prompts | None = None, multimask: bool = False) -> Masks:
         return self.decode(self.embed(image), prompts, multimask)
+
+    def check_halves(self) -> None:
+        """Raises RequestError where an adapter acts around the whole model: ``embed`` and ``decode`` pass it by."""
+        port = vars(self).get("_port")
+        if port is not None and port.around:
+            raise RequestError(
+                f"adapter {next(iter(port.around))!r} acts around all of {self.name}, which is used in two halves here"
+            )
 
     def sites(self) -> Sites:
         sites = [Site("model", 0, "", self, parameter=None, layout="BCHW", width=self.bands)]
