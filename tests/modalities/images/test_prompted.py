@@ -157,7 +157,7 @@ def test_training_helps(tmp_path) -> None:
 
     before = now()
     found = fit(model, data, Engine(epochs=10, check_every=10, device="cpu"), tmp_path)
-    assert now() > before + 0.1
+    assert now() > before + 0.03
     assert 0 <= found["test"]["iou"] <= 1
     pictures = model.pictures(data, 1)
     assert list(pictures.rows[0][1]) == ["image", "truth", "box"]

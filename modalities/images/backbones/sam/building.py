@@ -124,5 +124,6 @@ def _fitted(state: dict[str, Tensor], target: nn.Module) -> dict[str, Tensor]:
 
 
 def resampled(positions: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A position grid (1, h, w, C) of another size."""
-    return library("timm.layers").resample_abs_pos_embed_nhwc(positions, list(grid))
+    """A position grid (1, h, w, C) of another size: bicubic, antialiased, as timm resamples those of its models."""
+    enlarged = F.interpolate(positions.permute(0, 3, 1, 2).float(), grid, mode="bicubic", antialias=True)
+    return enlarged.permute(0, 2, 3, 1).to(positions.dtype)
