@@ -53,8 +53,10 @@ def prove(model: Any, name: str, example: Sequence[Any]) -> None:
             _fail(_silent(model, modules), name, "never ran in inference mode (a fused kernel may bypass its module)")
             with model.disabled():
                 bare = _flat(model.backbone(*example))
-        alike = trained[: len(bare)]  # what an adapter adds to the output, such as queries, stands behind
-        effect, difference = float((alike - bare).norm()), float((trained - inferred).norm())
+        # What an adapter adds, such as queries, stands behind; one around the whole model may give another kind.
+        alike = trained[: len(bare)]
+        changed = alike - bare if alike.shape == bare.shape else trained
+        effect, difference = float(changed.norm()), float((trained - inferred).norm())
         rounding = 4 * max(torch.finfo(t.dtype).eps for t in tensors_of(model)) * float(bare.norm())
         if difference > 0.1 * effect + rounding:
             raise WorkError(
@@ -90,15 +92,17 @@ def _silent(model: Any, modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _unreached(modules: dict[str, nn.Module], output: Tensor) -> list[str]:
-    """Keys of the modules none of whose parameters has a gradient other than zero; frozen ones have none."""
-    parameters = list({id(p): p for m in modules.values() for p in m.parameters() if p.requires_grad}.values())
+    """Keys of the modules none of whose parameters has a gradient other than zero; frozen ones need none."""
+    parameters = list({id(p): p for module in modules.values() for p in _trained(module)}.values())
     if not parameters or not output.requires_grad:
-        return [key for key, module in modules.items() if any(True for _ in module.parameters())]
+        return [key for key, module in modules.items() if _trained(module)]
     gradients = torch.autograd.grad(output, parameters, allow_unused=True)
     by_id = {id(p): g for p, g in zip(parameters, gradients, strict=True)}
-    return [
-        key for key, module in modules.items() if any(True for _ in module.parameters()) and not _reached(module, by_id)
-    ]
+    return [key for key, module in modules.items() if _trained(module) and not _reached(module, by_id)]
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
 
 
 def _reached(module: nn.Module, gradients: Mapping[int, Tensor | None]) -> bool:

@@ -11,8 +11,8 @@ import sys
 import pytest
 
 HEAVY = (
-    "timm", "open_clip", "diffusers", "transformers", "tokenizers", "lightning", "torchmetrics", "torchvision",
-    "rasterio", "matplotlib", "PIL", "scipy", "pydantic", "yaml", "rich",
+    "timm", "open_clip", "segment_anything", "diffusers", "transformers", "tokenizers", "lightning", "torchmetrics",
+    "torchvision", "rasterio", "matplotlib", "PIL", "scipy", "pydantic", "yaml", "rich",
 )  # fmt: skip
 EVERYTHING_OF_SHARED = "import shared\nfor name in shared.__all__: getattr(shared, name)"
 HELP = "import shared.cli\ntry: shared.cli.main(['--help'])\nexcept SystemExit as stop: assert stop.code == 0"

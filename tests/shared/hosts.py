@@ -76,6 +76,14 @@ def clip() -> Host:
     return backbone, (torch.randn(3, 3, 32, 32),), backbone.sites()
 
 
+def sam() -> Host:
+    """Windows, relative positions, tokens (B, h, w, C)."""
+    from modalities.images.backbones import SAMEncoder
+
+    backbone = SAMEncoder(3, size="tiny", weights="random")
+    return backbone, (torch.randn(3, 3, 40, 64),), backbone.sites()
+
+
 SMALL_TEXT = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -111,6 +119,7 @@ def _described(model: nn.Module, *example: Tensor) -> Host:
 HOSTS: dict[str, Callable[[], Host]] = {
     "vit": vit,
     "clip": clip,
+    "sam": sam,
     "attention": attention,
     "encoder": encoder,
     "convolutions": convolutions,

@@ -1,6 +1,10 @@
-"""Frozen image backbones: timm vision transformers, open_clip image towers, LowFormer and EfficientMod."""
+"""Frozen image backbones: timm vision transformers, open_clip towers, LowFormer, EfficientMod, Segment Anything."""
 
 from modalities.images.backbones.efficientmod import EfficientMod as EfficientMod
 from modalities.images.backbones.lowformer import LowFormer as LowFormer
 from modalities.images.backbones.open_clip_tower import OpenClipTower as OpenClipTower
+from modalities.images.backbones.sam import SAM as SAM
+from modalities.images.backbones.sam import Masks as Masks
+from modalities.images.backbones.sam import Prompts as Prompts
+from modalities.images.backbones.sam import SAMEncoder as SAMEncoder
 from modalities.images.backbones.timm_vit import TimmViT as TimmViT

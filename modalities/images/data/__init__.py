@@ -1,10 +1,13 @@
-"""Labelled images for classification, read from folders or a table, or generated; and how an image is read."""
+"""Images with a class or a mask each, read from folders or a table, or generated; and how an image is read."""
 
 from modalities.images.data.classified import ClassifiedImages as ClassifiedImages
 from modalities.images.data.files import SUFFIXES as SUFFIXES
 from modalities.images.data.files import read_image as read_image
+from modalities.images.data.folder_masks import FolderMasks as FolderMasks
 from modalities.images.data.folders import ImageFolders as ImageFolders
 from modalities.images.data.generated import GeneratedImages as GeneratedImages
+from modalities.images.data.generated_shadows import GeneratedShadows as GeneratedShadows
+from modalities.images.data.masked import MaskedImages as MaskedImages
 from modalities.images.data.samples import Preparation as Preparation
 from modalities.images.data.statistics import Moments as Moments
 from modalities.images.data.statistics import Normalisation as Normalisation

@@ -12,7 +12,7 @@ from modalities.images.data.splits import draw
 from shared.errors import RequestError
 
 # How far a point (y, x), in units of the radius and turned with the shape, lies outside; negative inside.
-_SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "disc": lambda y, x: np.hypot(y, x) - 1,
     "square": lambda y, x: np.maximum(abs(y), abs(x)) - 0.9,
     "ring": lambda y, x: abs(np.hypot(y, x) - 0.75) - 0.25,
@@ -85,7 +85,7 @@ def draw_image(random: np.random.Generator, kind: str, side: int, bands: int = 3
     turn = random.uniform(0, 2 * np.pi)
     y, x = (rows - down) / radius, (columns - across) / radius
     y, x = y * np.cos(turn) - x * np.sin(turn), y * np.sin(turn) + x * np.cos(turn)
-    inside = np.clip(0.5 - _SHAPES[kind](y, x) * radius * side, 0, 1)  # edges are soft over one pixel
+    inside = np.clip(0.5 - SHAPES[kind](y, x) * radius * side, 0, 1)  # edges are soft over one pixel
     ground, figure = _colours(random, bands)
     shade = 1 + 0.3 * ((rows - 0.5) * random.uniform(-1, 1) + (columns - 0.5) * random.uniform(-1, 1))
     image = (ground * (1 - inside) + figure * inside) * shade + random.normal(0, 8, (bands, side, side))

@@ -1,0 +1,1 @@
+ABSENT = "needs a promptable model: tests/modalities/images/test_adapter_shadow.py"
