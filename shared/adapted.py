@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared import store, trained
+from shared import attaching, half, store, trained
+from shared.attaching import Bank as Bank
 from shared.backbone import Backbone, fingerprint
 from shared.context import Context
 from shared.errors import RequestError
-from shared.host import Port, State, attach, detach
-from shared.memory import Saving, compressed
+from shared.host import Port, State
+from shared.memory import Saving
 from shared.merge import merge, unmerge
-from shared.method import Method, check_choices
-from shared.proof import prove
+from shared.method import Method
+from shared.recompute import keeping
 from shared.rows import run_by_rows
 from shared.sites import Sites, describe
 
@@ -44,17 +45,11 @@ def adapt(
     return model
 
 
-class Bank(nn.ModuleDict):
-    """Modules by name, where any name without a dot will do ("forward", "type", "lora")."""
-
-    def __setitem__(self, key: str, module: nn.Module) -> None:
-        self._modules[key] = module
-
-
 class Adapted(nn.Module):
     """A backbone with named adapters. Calling it is calling the backbone, then the head where there is one.
 
-    ``saving`` (``shared.memory``): how the backbone's activations are kept for backward, with any method; a compiled
+    How the backbone's activations are kept for backward, with any method: ``saving``, as codes (``shared.memory``);
+    ``recompute``, computed again block by block, and ``offload``, in main memory (``shared.recompute``). A compiled
     model keeps what its compiler chooses.
     The backbone is changed in place (its hosts know their adapters) and restored bit for bit by ``remove``; its
     state-dict keys stay as they were. Frozen means frozen: it stays in eval mode while adapters and head train, unless
@@ -70,6 +65,7 @@ class Adapted(nn.Module):
         self.state = State()
         self.context: Context = backbone.context if isinstance(backbone, Backbone) else Context()
         self.saving: Saving | None = None
+        self.recompute = self.offload = False
         self._sites = sites
         self._fingerprint: str | None = None
         self._frozen = {n: p.requires_grad for n, p in backbone.named_parameters()}
@@ -86,71 +82,11 @@ class Adapted(nn.Module):
 
     def add(self, method: Method, *, name: str = "default", example: Sequence[Any] | None = None) -> None:
         """Attach one more adapter and make it the active one; the model is unchanged where any step of it fails."""
-        if not name or "." in name or name in self.methods:
-            raise RequestError(
-                f"adapter name {name!r}: " + ("it is taken" if name in self.methods else "use a name without dots")
-            )
-        if self.state.merged:
-            raise RequestError("adapters are merged into the weights; unmerge() before adding another")
-        check_choices(method)
-        chosen = method.sites(self.sites())
-        if chosen is not None and not len(chosen):
-            raise RequestError(f"{type(method).__name__} attaches to zero sites of {self.backbone_name}")
-        modules = self._build(method, chosen)
-        before, known = self.state.active, tuple(self.methods)
-        if not known:  # the last one that was removed left the backbone as it had come
-            self.backbone.requires_grad_(False)
-        try:
-            method.connect(self, modules)
-            self.bank[name] = Bank(modules)
-            self.methods[name] = method
-            for site in chosen or ():
-                attach(site, modules[site.key], name, self.state)
-            self.activate(name)
-            if example is None and modules and isinstance(self.backbone, Backbone):
-                example = self.backbone.example()
-            if example is not None and modules:
-                prove(self, name, example)
-                for port in self.hosts().values():
-                    port.folded.clear()  # copies of whole weights, made only for the proof
-        except Exception:
-            for added in [n for n in self.methods if n not in known][::-1]:
-                self.remove(added)
-            self.state.active = before
-            raise
-        if method.trains_backbone:
-            self.fingerprint  # noqa: B018  of the weights before they train
-            self.backbone.requires_grad_(True)
-            self.train(self.training)
-
-    def _build(self, method: Method, chosen: Sites | None) -> dict[str, Any]:
-        if chosen is None:
-            return {}
-        device = next((s.module._parameters[s.parameter].device for s in chosen if s.parameter), None)  # type: ignore[union-attr,index]
-        device = device or next((p.device for p in self.backbone.parameters()), torch.device("cpu"))
-        with torch.device(device):
-            modules = method.build_all(chosen)
-        if set(modules) != {site.key for site in chosen}:
-            raise RequestError(f"{type(method).__name__} built {len(modules)} modules for {len(chosen)} sites")
-        for module in modules.values():
-            module.context = self.context
-        return modules
+        attaching.add(self, method, name, example)
 
     def remove(self, name: str = "default") -> None:
         """Take an adapter off; the last one gone, the backbone is bit for bit what it was."""
-        self._known(name)
-        if users := [user for user, method in self.methods.items() if name in method.uses]:
-            raise RequestError(f"adapter {name!r} is in use: {users[0]!r} works through it; remove that one first")
-        self.unmerge()
-        for host in self.backbone.modules():
-            if "_port" in host.__dict__:
-                detach(host, name)
-        del self.bank[name], self.methods[name]
-        self.prepared.discard(name)
-        self.state.active = tuple(pair for pair in self.state.active if pair[0] != name)
-        if not self.methods:
-            for parameter_name, parameter in self.backbone.named_parameters():
-                parameter.requires_grad_(self._frozen.get(parameter_name, True))
+        attaching.remove(self, name)
 
     def hosts(self) -> dict[str, Port]:
         """The ports of the backbone's hosts, by module path."""
@@ -204,21 +140,12 @@ class Adapted(nn.Module):
             return run_by_rows(self, adapters, args, {**kwargs, "context": context})
         try:
             self.context.__dict__.update(context or {})
-            with self._saving():
+            with half.computing(self), keeping(self):
                 output = self.backbone(*args, **kwargs)
+            output = output if self.state.half is None else half.full(output)
             return output if self.head is None else self.head(output, tuple(args[0].shape[2:]))
         finally:
             self.context.clear()
-
-    def _saving(self) -> contextlib.AbstractContextManager[Any]:
-        """How activations of the backbone are kept for backward: as the model says, else as an active method does.
-
-        A compiled model is left to its compiler, which plans by itself what to keep.
-        """
-        if torch.compiler.is_compiling():
-            return contextlib.nullcontext()
-        wanted = [self.saving, *(self.methods[name].saving() for name in self.active)]
-        return next((compressed(each) for each in wanted if each is not None), contextlib.nullcontext())
 
     def train(self, mode: bool = True) -> Adapted:
         super().train(mode)
@@ -303,6 +230,11 @@ class Adapted(nn.Module):
     @property
     def backbone_name(self) -> str:
         return self.backbone.name if isinstance(self.backbone, Backbone) else type(self.backbone).__name__
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What inputs come in: the precision of the weights, and float32 where some are stored in half of it."""
+        return torch.float32 if self.state.half is not None else next(self.parameters()).dtype
 
     @property
     def fingerprint(self) -> str:

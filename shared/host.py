@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from shared.adapter import Adapter, WeightAdapter
 from shared.errors import RequestError
+from shared.folded import same, stamp_of
+from shared.half import changed_exactly, convolution_in_half, in_full, in_half, linear_in_half
 from shared.linear import CONVOLUTIONS, Piece, changed, convolution_beside, dropped, linear, linear_beside
 from shared.sites import Site
 
@@ -27,13 +29,15 @@ class State:
     """What all hosts of one model share, so that switching costs the same whatever the depth and number of adapters.
 
     active: (name, strength) of the adapters in force, in order.  merged: the same for what the stored weights hold.
-    form: "auto", or "separate" to keep low-rank changes beside the product.
+    form: "auto", or "separate" to keep low-rank changes beside the product.  half: precision of the frozen products
+    (``shared.half``), None: that of the weights as they came.
     """
 
     def __init__(self) -> None:
         self.active: tuple[tuple[str, float], ...] = ()
         self.merged: tuple[tuple[str, float], ...] = ()
         self.form = "auto"
+        self.half: torch.dtype | None = None
 
 
 class Port:
@@ -65,7 +69,7 @@ class Port:
             return weight
         self._record(adapter for _, rows in parts for _, adapter in rows)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return changed(weight, parts)
+            return self._changed(weight, parts)
         return self._fold(weight, parameter, parts)
 
     def parts(self, parameter: str) -> list[tuple[float, list]]:
@@ -77,17 +81,20 @@ class Port:
         if not torch.compiler.is_compiling():
             self.ran.update(map(id, adapters))
 
+    def _changed(self, weight: Tensor, parts) -> Tensor:
+        return changed_exactly(weight, parts) if self.state.half else changed(weight, parts)
+
     def _fold(self, weight: Tensor, parameter: str, parts) -> Tensor:
         """The changed tensor, computed once and kept until anything it depends on changes."""
-        stamp = [_stamp(weight), self.state.active]
+        stamp = [stamp_of(weight), self.state.active]
         for _, rows in parts:
             for _, adapter in rows:
-                stamp += [_stamp(t) for t in (*adapter.parameters(), *adapter.buffers())]
+                stamp += [stamp_of(t) for t in (*adapter.parameters(), *adapter.buffers())]
                 stamp.append(tuple(v for v in adapter.__dict__.values() if isinstance(v, (int, float, str))))
         kept = self.folded.get(parameter)
-        if kept is None or not _same(kept[0], stamp):
+        if kept is None or not same(kept[0], stamp):
             with torch.inference_mode(False), torch.no_grad():
-                kept = self.folded[parameter] = (stamp, changed(weight, parts))
+                kept = self.folded[parameter] = (stamp, self._changed(weight, parts))
         return kept[1]
 
     def pieces(self, parameter: str) -> list[Piece] | None:
@@ -136,25 +143,13 @@ class Port:
                     raise RequestError(f"adapter {name!r} acts on activations and takes no strength (got {strength:g})")
                 self._record((adapter,))
                 whole_or_part = adapter if strength == 1.0 else functools.partial(adapter.part, strength)
-                run = functools.partial(whole_or_part, run)
+                half = self.state.half
+                run = (
+                    functools.partial(in_full, whole_or_part, run, half)
+                    if half
+                    else functools.partial(whole_or_part, run)
+                )
         return run(*args, **kwargs)
-
-
-def _stamp(tensor: Tensor) -> tuple:
-    # The tensor itself is kept, so its identity cannot be reused while the stamp lives.
-    return tensor, tensor._version, tensor.data_ptr(), tensor.dtype
-
-
-def _same(old: list, new: list) -> bool:
-    if len(old) != len(new):
-        return False
-    for a, b in zip(old, new, strict=True):
-        if a and b and isinstance(a[0], Tensor) and isinstance(b[0], Tensor):
-            if a[0] is not b[0] or a[1:] != b[1:]:
-                return False
-        elif a != b:
-            return False
-    return True
 
 
 def attach(site: Site, adapter: Adapter | WeightAdapter, name: str, state: State) -> None:
@@ -249,7 +244,7 @@ def _adapted_parameter(name: str) -> property:
     return property(lambda self: self.__dict__["_port"].read(self, name))
 
 
-def _beside(port: Port, training: bool) -> list[Piece] | None:
+def _beside(port: Port, training: bool, half: bool) -> list[Piece] | None:
     """The factors to apply beside or inside the product in this call; none where reading the weight does it all.
 
     None where a change has a dropout in this call and not all are factors: see ``dropped``.
@@ -264,19 +259,21 @@ def _beside(port: Port, training: bool) -> list[Piece] | None:
     if not pieces:
         return []
     dropout = training and any(piece.dropout for piece in pieces)
-    if port.state.form == "separate" or dropout:
+    if port.state.form == "separate" or dropout or half:
         return pieces
     return pieces if torch.is_grad_enabled() and not torch.compiler.is_compiling() else []
 
 
 def _linear_forward(host: nn.Linear, x: Tensor) -> Tensor:
-    port, training = host.__dict__["_port"], _training(host)
-    pieces = _beside(port, training)
+    port, training, half = host.__dict__["_port"], _training(host), in_half(host)
+    pieces = _beside(port, training, half)
     if pieces is None:
         return dropped(F.linear, x, port.frozen(host, "weight"), host.bias, port.parts("weight"))
     if not pieces:
         return F.linear(x, host.weight, host.bias)
     weight = port.frozen(host, "weight")
+    if half:
+        return linear_in_half(x, weight, host.bias, pieces, training)
     fused = port.state.form == "auto" and not (training and any(p.dropout for p in pieces))
     if fused and not torch.is_autocast_enabled(x.device.type):
         return linear(x, weight, host.bias, pieces)
@@ -284,14 +281,14 @@ def _linear_forward(host: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _convolution_forward(original: Callable[..., Tensor], host: Any, x: Tensor) -> Tensor:
-    port, training = host.__dict__["_port"], _training(host)
-    pieces = _beside(port, training)
+    port, training, half = host.__dict__["_port"], _training(host), in_half(host)
+    pieces = _beside(port, training, half)
     if pieces is None:
         return dropped(host._conv_forward, x, port.frozen(host, "weight"), host.bias, port.parts("weight"))
     if not pieces:
         return original(host, x)
     y = host._conv_forward(x, port.frozen(host, "weight"), host.bias)
-    return convolution_beside(host, x, y, pieces, training)
+    return (convolution_in_half if half else convolution_beside)(host, x, y, pieces, training)
 
 
 def _training(host: nn.Module) -> bool:

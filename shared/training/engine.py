@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from shared.errors import RequestError
+from shared.half import halve
+from shared.memory import Saving
+from shared.recompute import blocks
 from shared.training import processes
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
+    from shared.adapted import Adapted
     from shared.training.task import Task
 
 # Deliberate here: the data choose their workers, frozen modules stay in eval mode, a device may be left unused, a task
@@ -54,6 +58,11 @@ class Engine:
     al., 2023) or "auto" (ddp where there are several processes). Processes share each batch: the data's batch size,
     the steps and what is learnt are those of one process, but for what a process draws for its own samples (dropout)
     and for batch normalisation, whose statistics are of its share.
+    frozen: "bfloat16" stores the backbone's products in half precision and runs them so (``shared.half``), in training
+    and prediction; adapters and head stay in float32.  recompute: keep only the inputs of the backbone's blocks for
+    backward and run each block again (gradient checkpointing), the gradients are the same bit for bit.  saved_bits:
+    keep activations as codes of 1, 2, 4 or 8 bits (``shared.memory``), the forward pass stays exact; saved_attention:
+    those of fused attention too.  offload: keep a GPU's activations in main memory.
     """
 
     epochs: int | None = None
@@ -69,6 +78,11 @@ class Engine:
     devices: int = 1
     nodes: int = 1
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    frozen: Literal["float32", "bfloat16"] = "float32"
+    recompute: bool = False
+    saved_bits: int | None = None
+    saved_attention: bool = False
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -91,11 +105,28 @@ class Engine:
             raise RequestError(f"trainer.strategy {self.strategy!r} is for several processes: give trainer.devices too")
         if self.strategy == "fsdp" and self.precision == "16-mixed":
             raise RequestError("trainer.precision '16-mixed' cannot be scaled under 'fsdp': use 'bf16-mixed'")
+        if self.frozen == "bfloat16" and self.precision not in ("32", "bf16-mixed"):
+            raise RequestError(f"trainer.frozen 'bfloat16' with precision {self.precision!r}: use '32' or 'bf16-mixed'")
+        if self.saved_attention and self.saved_bits is None:
+            raise RequestError("trainer.saved_attention: give saved_bits too")
 
     @property
     def processes(self) -> int:
         """How many train together."""
         return self.devices * self.nodes
+
+    def economise(self, model: Adapted) -> None:
+        """Let a model compute and keep for backward what the engine says: frozen, recompute, saved_bits, offload.
+
+        Raises RequestError where the backbone has no blocks to recompute, or trains and cannot be in half precision.
+        """
+        if self.frozen == "bfloat16":
+            halve(model)
+        if self.recompute:
+            blocks(model)
+        model.recompute, model.offload = model.recompute or self.recompute, model.offload or self.offload
+        if self.saved_bits is not None:
+            model.saving = Saving(bits=self.saved_bits, attention=self.saved_attention)
 
     def total_steps(self, batches: int) -> int:
         """Optimiser steps of the whole training, where an epoch has ``batches``."""
@@ -123,6 +154,7 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
     from shared.training.log import MetricsFile
 
     available(engine)
+    engine.economise(task.model)
     folder = Path(output) / "checkpoints"
     state = _state(folder / "last.ckpt", resume)
     loaders = {split: getattr(data, split)() for split in ("train", "validation", "test")}
@@ -245,6 +277,8 @@ def available(engine: Engine) -> None:
         raise RequestError(f"trainer.device {device!r}: this machine has {', '.join(d for d in there if there[d])}")
     if device == "cuda" and engine.devices > torch.cuda.device_count():
         raise RequestError(f"trainer.devices {engine.devices}: this machine has {torch.cuda.device_count()} GPUs")
+    if device == "cpu" and engine.offload:
+        raise RequestError("trainer.offload moves a GPU's activations to main memory: this run trains on the CPU")
     if device == "cpu" and engine.precision == "16-mixed":
         raise RequestError("trainer.precision '16-mixed' needs a GPU: use 'bf16-mixed' or '32' on a CPU")
 
