@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,26 +16,13 @@ from shared.half import halve
 from shared.memory import Saving
 from shared.recompute import blocks
 from shared.training import processes
+from shared.training.quiet import quiet
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from shared.adapted import Adapted
     from shared.training.task import Task
-
-# Deliberate here: the data choose their workers, frozen modules stay in eval mode, a device may be left unused, a task
-# looks at its batches, a half-precision scaler may skip the first step, and results are of all processes already. The
-# last message is between Lightning 2.6 and torch 2.13.
-_QUIET = (
-    ".*does not have many workers",
-    ".*in eval mode at the start of training",
-    "GPU available but not used",
-    "You have overridden `on_before_batch_transfer`",
-    "Detected call of `lr_scheduler.step",
-    "It is recommended to use `self.log",
-    "You're resuming from a checkpoint that ended before the epoch ended",
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-)
 
 BEST = "checkpoints/best.ckpt"  # below a run directory
 
@@ -143,7 +127,8 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
     have given uninterrupted.
 
     Returns ``test`` (the task's results in its best state), ``best`` (monitor, value, epoch, step), ``epochs``,
-    ``steps`` and ``cost``: ``step_seconds`` (median), ``train_seconds``, ``peak_memory_bytes`` (of the GPU's tensors;
+    ``steps`` and ``cost``: ``step_seconds`` (median), ``wait_share`` (of waiting for
+    training batches, of the time of that and of steps), ``train_seconds``, ``peak_memory_bytes`` (of the GPU's tensors;
     of the process elsewhere). The model holds its best state afterwards.
 
     Raises RequestError where there is a run to overwrite, or no data; WorkError where the loss is not finite or a
@@ -169,7 +154,7 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
         Order(),
         Cost(),
     )
-    with _quiet():
+    with quiet():
         log = MetricsFile(Path(output) / "metrics.csv", keep=state["global_step"] if state else None)
         callbacks = [checkpoints, order, End(total, batches), cost, *_optional(engine, monitor)]
         trainer = _trainer(engine, task, batches, total, log, callbacks)
@@ -281,20 +266,3 @@ def available(engine: Engine) -> None:
         raise RequestError("trainer.offload moves a GPU's activations to main memory: this run trains on the CPU")
     if device == "cpu" and engine.precision == "16-mixed":
         raise RequestError("trainer.precision '16-mixed' needs a GPU: use 'bf16-mixed' or '32' on a CPU")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Lightning's notices, and without the warnings about what is done here on purpose."""
-    logs = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [log.level for log in logs]
-    for log in logs:
-        log.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        for message in _QUIET:
-            warnings.filterwarnings("ignore", message=message)
-        try:
-            yield
-        finally:
-            for log, level in zip(logs, levels, strict=True):
-                log.setLevel(level)
