@@ -8,7 +8,7 @@ meet the backbone, and so do the head and what the backbone returns.
 A low-rank change of a layer goes into the sum of the layer's product and is not folded into its weight: most changes
 are smaller than half a step of a bfloat16 weight and would be lost there. Where the change is no product of factors, or
 the weight is read without a call, or a method reads it before training, the weight stays in float32, the change is
-added to that, and the sum is rounded for the product.
+added to that, and the sum is rounded for the product. Merging on request writes what the stored precision holds of it.
 """
 
 from __future__ import annotations

@@ -166,9 +166,12 @@ def build(recipe: Recipe, data: Any) -> Adapted:
     method = recipe.build("method")
     try:
         model = adapt(backbone, method, head=head)
-        recipe.build("trainer").economise(model)
     except RequestError as error:
         raise RequestError(f"{recipe.source}: method {type(method).__name__}: {error}") from error
+    try:
+        recipe.build("trainer").economise(model)
+    except RequestError as error:
+        raise RequestError(f"{recipe.source}: trainer: {error}") from error
     return model
 
 

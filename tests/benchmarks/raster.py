@@ -34,7 +34,8 @@ def raster(path: Path, side: int, names: tuple[str, ...], block: int = 512) -> N
                 rows, columns = np.mgrid[top : top + height, left : left + width] / 97.0
                 hills = np.stack([np.sin(rows + i) * np.cos(columns - i) for i in range(len(names))])
                 noise = random.normal(scale=0.1, size=hills.shape)
-                file.write((3000 + 1000 * (hills + noise)).astype("uint16"), window=Window(left, top, width, height))
+                window: Any = Window.from_slices((top, top + height), (left, left + width))
+                file.write((3000 + 1000 * (hills + noise)).astype("uint16"), window=window)
 
 
 def measure(side: int = 4000, repeats: int = 3, kind: str = "classes") -> list[Row]:

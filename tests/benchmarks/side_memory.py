@@ -48,7 +48,7 @@ def build(method: str, settings: dict[str, Any], batch: int, depth: int) -> tupl
     backbone = TimmViT(
         3, name="vit_base_patch16_224", weights="random", image_size=224, depths=[depth - 1], model_args=small
     )
-    model = adapt(backbone, eval(method, vars(methods))).train()  # our own source
+    model = adapt(backbone, eval(method, dict(vars(methods)))).train()  # our own source
     engine = Engine(epochs=1, **settings)
     engine.economise(model)
     optimiser = torch.optim.AdamW(model.trainable().values())

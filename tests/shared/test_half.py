@@ -156,6 +156,8 @@ def test_wrong_requests_are_one_line():
         half.halve(model)
     with pytest.raises(RequestError, match=r"trainer\.frozen 'bfloat16' with precision '64'"):
         Engine(epochs=1, precision="64", frozen="bfloat16")
+    with pytest.raises(RequestError, match="do not go with 'fsdp': use 'ddp'"):
+        Engine(epochs=1, devices=2, strategy="fsdp", recompute=True)
     merged, _ = vit(LoRA(rank=2))
     merged.merge()
     with pytest.raises(RequestError, match="merged"):
@@ -175,3 +177,28 @@ def test_training_is_near_that_of_whole_weights(tmp_path, precision):
     assert coarse.dtype == torch.float32
     assert 0 < float((coarse - state).norm()) < 0.05 * float(state.norm())
     assert near == pytest.approx(loss, rel=0.05)
+
+
+def test_a_run_and_its_prediction_are_in_half_precision_and_files_say_what_was_loaded(tmp_path):
+    from shared import recipe, run
+    from shared.store import read_header
+
+    settings = ("trainer.frozen=bfloat16", "trainer.recompute=true")
+    chosen = recipe.load("images/quickstart_images", settings, tiny=True)
+    run.run(chosen, tmp_path / "run")
+    trained = run.load(tmp_path / "run")
+    model = trained.task.model
+    assert model.state.half == BF
+    assert any(p.dtype == BF for _, p in _stored(model.backbone))
+    whole = run.build(recipe.load("images/quickstart_images", tiny=True), _data(trained))
+    named = read_header(tmp_path / "run" / run.ADAPTER)["backbone"]["fingerprint"]
+    assert named == model.fingerprint == whole.fingerprint
+    with pytest.raises(RequestError, match=r"trainer: codes of 3 bits"):
+        run.build(recipe.load("images/quickstart_images", ("trainer.saved_bits=3",), tiny=True), _data(trained))
+
+
+def _data(trained: Any) -> Any:
+    from types import SimpleNamespace
+
+    bands = len(trained.described["band_names"]) if "band_names" in trained.described else 3
+    return SimpleNamespace(**{**trained.described, "bands": bands})
