@@ -92,9 +92,7 @@ class Engine:
         if self.frozen == "bfloat16" and self.precision not in ("32", "bf16-mixed"):
             raise RequestError(f"trainer.frozen 'bfloat16' with precision {self.precision!r}: use '32' or 'bf16-mixed'")
         if self.strategy == "fsdp" and (self.frozen == "bfloat16" or self.recompute or self.offload):
-            raise RequestError(
-                "trainer.frozen 'bfloat16', recompute and offload are not for strategy 'fsdp': use 'ddp'"
-            )
+            raise RequestError("trainer.frozen 'bfloat16', recompute and offload do not go with 'fsdp': use 'ddp'")
         if self.saved_attention and self.saved_bits is None:
             raise RequestError("trainer.saved_attention: give saved_bits too")
 
