@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared import attaching, store, trained
+from shared import attaching, half, store, trained
 from shared.backbone import Backbone, fingerprint
 from shared.context import Context
 from shared.dropping import draw, drop
 from shared.errors import RequestError
 from shared.host import Port
-from shared.memory import Saving, compressed
+from shared.memory import Saving
 from shared.merge import merge, unmerge
 from shared.method import Method
+from shared.recompute import keeping
 from shared.rows import run_by_rows
 from shared.sites import Sites, describe
 from shared.state import State
@@ -48,7 +49,8 @@ def adapt(
 class Adapted(nn.Module):
     """A backbone with named adapters. Calling it is calling the backbone, then the head where there is one.
 
-    ``saving`` (``shared.memory``): how the backbone's activations are kept for backward, with any method; a compiled
+    How the backbone's activations are kept for backward, with any method: ``saving``, as codes (``shared.memory``);
+    ``recompute``, computed again block by block, and ``offload``, in main memory (``shared.recompute``). A compiled
     model keeps what its compiler chooses.
     The backbone is changed in place (its hosts know their adapters) and restored bit for bit by ``remove``; its
     state-dict keys stay as they were. Frozen means frozen: it stays in eval mode while adapters and head train, unless
@@ -66,6 +68,7 @@ class Adapted(nn.Module):
         if isinstance(getattr(head, "context", None), Context):
             head.context = self.context  # type: ignore[union-attr]
         self.saving: Saving | None = None
+        self.recompute = self.offload = False
         self._sites = sites
         self._fingerprint: str | None = None
         self._frozen = {n: p.requires_grad for n, p in backbone.named_parameters()}
@@ -154,21 +157,12 @@ class Adapted(nn.Module):
             return run_by_rows(self, adapters, args, {**kwargs, "context": context})
         try:
             self.context.__dict__.update(context or {})
-            with self._saving():
+            with half.computing(self), keeping(self):
                 output = self.backbone(*args, **kwargs)
+            output = output if self.state.half is None else half.full(output)
             return output if self.head is None else self.head(output, tuple(args[0].shape[2:]))
         finally:
             self.context.clear()
-
-    def _saving(self) -> contextlib.AbstractContextManager[Any]:
-        """How activations of the backbone are kept for backward: as the model says, else as an active method does.
-
-        A compiled model is left to its compiler, which plans by itself what to keep.
-        """
-        if torch.compiler.is_compiling():
-            return contextlib.nullcontext()
-        wanted = [self.saving, *(self.methods[name].saving() for name in self.active)]
-        return next((compressed(each) for each in wanted if each is not None), contextlib.nullcontext())
 
     def train(self, mode: bool = True) -> Adapted:
         super().train(mode)
@@ -281,6 +275,11 @@ class Adapted(nn.Module):
     @property
     def backbone_name(self) -> str:
         return self.backbone.name if isinstance(self.backbone, Backbone) else type(self.backbone).__name__
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What inputs come in: the precision of the weights, and float32 where some are stored in half of it."""
+        return torch.float32 if self.state.half is not None else next(self.parameters()).dtype
 
     @property
     def fingerprint(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shared import half
 from shared.adapter import Adapter, WeightAdapter
 from shared.backbone import Backbone
 from shared.convolution import CONVOLUTIONS
@@ -53,6 +54,7 @@ def add(model: Any, method: Method, name: str, example: Sequence[Any] | None) ->
         model.methods[name] = method
         for site in chosen or ():
             attach(site, modules[site.key], name, model.state)
+        half.check(model)
         model.activate(name)
         if example is None and modules and isinstance(model.backbone, Backbone):
             example = model.backbone.example()

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -108,6 +107,8 @@ def _on_recipes(add: Callable[..., _Parser]) -> None:
     compare.add_argument("--resume", action="store_true", help="keep the finished runs that --output holds")
     count = add("count", "Count a recipe's parameters without loading weights or data.", recipe)
     count.add_argument("--json", action="store_true", help="print JSON")
+    plan = add("plan", "Predict what a recipe's training costs on this machine, from a few of its batches.", recipe)
+    plan.add_argument("--json", action="store_true", help="print JSON")
     imports = add("import", "Make an adapter file for a recipe's backbone from another library's.")
     imports.add_argument("recipe", metavar="RECIPE", help="a recipe file, or a name that 'list recipes' shows")
     imports.add_argument("file", metavar="FILE", type=Path, help="of peft, kohya, LyCORIS, diffusers or AdapterHub")
@@ -263,6 +264,18 @@ def _count(asked: argparse.Namespace) -> None:
         print(f"{indent + role:<12}{numbers[role]:>15,}")
 
 
+def _plan(asked: argparse.Namespace) -> None:
+    from shared import forecast, recipe
+    from shared.report.terminal import print_table
+
+    found = forecast.forecast(recipe.load(asked.recipe, asked.overrides, tiny=asked.tiny))
+    if asked.json:
+        print(json.dumps(found))
+        return
+    print_table(("predicted", ""), forecast.rows(found))
+    print("\n".join(found["advice"]))
+
+
 def _list(asked: argparse.Namespace) -> None:
     from shared import listing
 
@@ -275,48 +288,12 @@ def _list(asked: argparse.Namespace) -> None:
 
 
 def _show(asked: argparse.Namespace) -> None:
-    from shared import catalog, recipe
+    from shared import facts
 
-    if asked.what in recipe.names() or Path(asked.what).is_file():
-        print(recipe.locate(asked.what).read_text(encoding="utf-8"), end="")
-        return
-    names = [*(e.name for e in catalog.entries()), *recipe.names()]
-    if catalog.fold(asked.what) not in map(catalog.fold, names):
-        raise RequestError(f"nothing is called {asked.what!r}{catalog.nearest(asked.what, names)}; see omniadapt list")
-    entry = catalog.find(asked.what)
-    print(f"{entry.name}: {entry.kind} of {entry.module}\n\n{entry.doc}\n")
-    for a in entry.arguments:
-        print(f"  {a.name}: {a.type}" + (" (must be given)" if a.required else f" = {a.default}"))
+    facts.show(asked.what)
 
 
 def _inspect(asked: argparse.Namespace) -> None:
-    from shared.hub import local_file
-    from shared.store import read_header
+    from shared import facts
 
-    asked.file = local_file(asked.file)
-    header = read_header(asked.file)
-    method, backbone, tensors = header["method"], header["backbone"], header["tensors"]
-    print(f"{asked.file}: {asked.file.stat().st_size:,} bytes, written by omniadapt {header['version']}")
-    print(f"method    {method['type']} {_spell(method['arguments'])}")
-    print(f"backbone  {backbone['name']}, fingerprint {backbone['fingerprint']}")
-    print(f"metrics   {_spell(header['metrics']) or 'none'}")
-    print(f"sites     {len(header['sites'])}")
-    for key in header["sites"]:
-        print(f"  {key}")
-    print(f"tensors   {len(tensors)}, {sum(_size(t) for t in tensors.values()):,} values")
-    for name, tensor in tensors.items():
-        print(f"  {name}  {tensor['dtype']} {' x '.join(map(str, tensor['shape'])) or 'scalar'}")
-
-
-def _spell(values: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={textwrap.shorten(str(value), 100)}"
-        for key, value in values.items()
-    )
-
-
-def _size(tensor: dict[str, Any]) -> int:
-    size = 1
-    for extent in tensor["shape"]:
-        size *= extent
-    return size
+    facts.inspect(asked.file)

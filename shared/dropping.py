@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,3 +46,15 @@ def draw(most: int, number: int, seed: int) -> int:
     """How many blocks rest in step ``number`` of a run: 0 to ``most``, alike in every process."""
     generator = torch.Generator().manual_seed(hash((seed, number, 1)) & 0xFFFF_FFFF_FFFF)
     return int(torch.randint(most + 1, (), generator=generator))
+
+
+@contextmanager
+def dropping(model: Any, most: int) -> Iterator[None]:
+    """Adapters of up to ``most`` of the lowest blocks rest in each training step within it."""
+    if most:
+        model.drop(model.state.lowest, drawn=most)
+    try:
+        yield
+    finally:
+        if most:
+            model.drop(model.state.lowest)

@@ -21,6 +21,7 @@ from shared.adapter import Adapter, WeightAdapter
 from shared.convolution import CONVOLUTIONS, convolution, convolution_beside, fits
 from shared.errors import RequestError
 from shared.folds import Fold
+from shared.half import changed_exactly, convolution_in_half, in_full, in_half, linear_in_half
 from shared.linear import Piece, by_hand, changed, dropped, linear, linear_beside
 from shared.state import State
 
@@ -60,7 +61,7 @@ class Port:
             return weight
         self._record(adapter for _, rows in parts for _, adapter in rows)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return changed(weight, parts)
+            return self._changed(weight, parts)
         return self._fold(weight, parameter, parts)
 
     def parts(self, parameter: str) -> list[tuple[float, list]]:
@@ -78,6 +79,9 @@ class Port:
         if not torch.compiler.is_compiling():
             self.ran.update(map(id, adapters))
 
+    def _changed(self, weight: Tensor, parts) -> Tensor:
+        return changed_exactly(weight, parts) if self.state.half else changed(weight, parts)
+
     def _fold(self, weight: Tensor, parameter: str, parts) -> Tensor:
         """The changed tensor, computed once and kept until anything it depends on changes."""
         kept = self.state.folds.now
@@ -85,7 +89,7 @@ class Port:
         if fold is not None and fold.holds(weight):
             return fold.value
         with torch.inference_mode(False), torch.no_grad():
-            value = changed(weight, parts)
+            value = self._changed(weight, parts)
         if (fold := Fold.of(value, weight, [adapter for _, rows in parts for _, adapter in rows])) is not None:
             self.state.folds.keep((self, parameter), fold)
         return value
@@ -162,12 +166,19 @@ class Port:
                     raise RequestError(f"adapter {name!r} acts on activations and takes no strength (got {strength:g})")
                 self._record((adapter,))
                 whole_or_part = adapter if strength == 1.0 else functools.partial(adapter.part, strength)
-                run = functools.partial(whole_or_part, run)
+                half = self.state.half
+                run = (
+                    functools.partial(in_full, whole_or_part, run, half)
+                    if half
+                    else functools.partial(whole_or_part, run)
+                )
         return run(*args, **kwargs)
 
 
 def _infers(state: State) -> bool:
-    return state.form == "auto" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return state.form == "auto" and state.half is None
 
 
 def calls_linear(host: nn.Module) -> bool:
@@ -215,7 +226,7 @@ def _adapted_parameter(name: str) -> property:
     return property(lambda self: self.__dict__["_port"].read(self, name))
 
 
-def _beside(port: Port, training: bool) -> list[Piece] | None:
+def _beside(port: Port, training: bool, half: bool) -> list[Piece] | None:
     """The factors to apply beside or inside the product in this call; none where reading the weight does it all.
 
     None where a change has a dropout in this call and not all are factors: see ``dropped``.
@@ -229,30 +240,34 @@ def _beside(port: Port, training: bool) -> list[Piece] | None:
         return None
     if not pieces:
         return []
-    if port.state.form == "separate" or (training and any(piece.dropout for piece in pieces)):
+    if port.state.form == "separate" or half or (training and any(piece.dropout for piece in pieces)):
         return pieces
     return pieces if torch.is_grad_enabled() and not torch.compiler.is_compiling() else []
 
 
 def _linear_forward(host: nn.Linear, x: Tensor) -> Tensor:
-    port, training = host.__dict__["_port"], _training(host)
-    pieces, weight = _beside(port, training), port.frozen(host, "weight")
+    port, training, half = host.__dict__["_port"], _training(host), in_half(host)
+    pieces, weight = _beside(port, training, half), port.frozen(host, "weight")
     if pieces is None:
         return dropped(F.linear, x, weight, host.bias, port.parts("weight"))
     if not pieces:
         return F.linear(x, host.weight, host.bias)
+    if half:
+        return linear_in_half(x, weight, host.bias, pieces, training)
     if by_hand(x, pieces, port.state.form, training):
         return linear(x, weight, host.bias, pieces)
     return linear_beside(x, F.linear(x, weight, host.bias), pieces, training)
 
 
 def _convolution_forward(original: Callable[..., Tensor], host: Any, x: Tensor) -> Tensor:
-    port, training = host.__dict__["_port"], _training(host)
-    pieces, weight = _beside(port, training), port.frozen(host, "weight")
+    port, training, half = host.__dict__["_port"], _training(host), in_half(host)
+    pieces, weight = _beside(port, training, half), port.frozen(host, "weight")
     if pieces is None:
         return dropped(host._conv_forward, x, weight, host.bias, port.parts("weight"))
     if not pieces:
         return original(host, x)
+    if half:
+        return convolution_in_half(host, x, host._conv_forward(x, weight, host.bias), pieces, training)
     if by_hand(x, pieces, port.state.form, training) and fits(host, x, pieces):
         return convolution(host, x, weight, pieces)
     return convolution_beside(host, x, host._conv_forward(x, weight, host.bias), pieces, training)

@@ -38,12 +38,17 @@ _log = logging.getLogger("omniadapt")
 class Plan(NamedTuple):
     """A prediction, in the names and units of what ``fit`` measures.
 
-    trainable: parameters that the optimiser holds.  step_seconds: of one batch.  train_seconds: of the whole training
-    with its checks, without early stopping.  peak_memory_bytes.  plan_seconds: what the prediction took.
+    trainable: parameters that the optimiser holds, and whether the backbone's are among them.  step_seconds: of one
+    batch.  wait_share: of waiting for data, of the time of steps and waiting.  epoch_seconds: of the training batches
+    of an epoch.  train_seconds: of the whole training with its checks, without early stopping.  peak_memory_bytes.
+    plan_seconds: what the prediction took.
     """
 
     trainable: int
+    trained_backbone: bool
     step_seconds: float
+    wait_share: float
+    epoch_seconds: float
     train_seconds: float
     peak_memory_bytes: int
     plan_seconds: float
@@ -86,19 +91,22 @@ def plan(task: Task, data: Any, engine: Engine, output: Path) -> Plan:
         warnings.simplefilter("ignore")
         train, validation = data.train(), data.validation()
         few, checks = _first(train, TRIED), _first(validation, CHECKED)
-        trial = _trial(task, engine, watch)
+        copied = trial(task, engine, watch)
         forget_peak()
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            cost = fit(trial, SimpleNamespace(train=few, validation=checks, test=checks), short, folder)["cost"]
+            cost = fit(copied, SimpleNamespace(train=few, validation=checks, test=checks), short, folder)["cost"]
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    copied = 0 if watch.on_gpu else sum(p.nbytes for p in task.parameters() if p.requires_grad)
+    twice = 0 if watch.on_gpu else sum(p.nbytes for p in task.parameters() if p.requires_grad)
     return Plan(
         trainable=watch.trainable,
+        trained_backbone=any(p.requires_grad for p in task.model.backbone.parameters()),
         step_seconds=watch.step,
+        wait_share=watch.wait / (watch.step + watch.wait),
+        epoch_seconds=(watch.step + watch.wait) * len(train),
         train_seconds=watch.training(engine, len(train), len(validation)),
-        peak_memory_bytes=int(cost["peak_memory_bytes"]) - copied,
+        peak_memory_bytes=int(cost["peak_memory_bytes"]) - twice,
         plan_seconds=time.perf_counter() - began,
     )
 
@@ -110,16 +118,16 @@ def forget_peak() -> None:
             file.write_text("5")
 
 
-def _trial(task: Task, engine: Engine, watch: Callback) -> Task:
-    """A copy that is watched while it trains. Frozen weights are shared, for they are most of the memory, but not
-    where training converts them in place."""
+def trial(task: Task, engine: Engine, *watches: Callback) -> Task:
+    """A copy that may be trained, watched where it does. Frozen weights are shared, for they are most of the memory,
+    but not where training converts them in place."""
     parameters = task.model.backbone.parameters()
     shared = () if engine.precision == "64" else (p for p in parameters if not p.requires_grad)
-    trial = copy.deepcopy(task, {id(parameter): parameter for parameter in shared})
-    trial.optimiser = replace(task.optimiser, warmup=0)  # longer than a trial it would be refused
-    trial.silent = set()  # so few batches may not be of every task
-    trial.configure_callbacks = lambda: [watch]
-    return trial
+    copied = copy.deepcopy(task, {id(parameter): parameter for parameter in shared})
+    copied.optimiser = replace(task.optimiser, warmup=0)  # longer than a trial it would be refused
+    copied.silent = set()  # so few batches may not be of every task
+    copied.configure_callbacks = lambda: list(watches)
+    return copied
 
 
 class _First(Sampler):
@@ -185,15 +193,19 @@ class _Watch(Callback):
         """The median time of a batch but the first."""
         return statistics.median(self.steps[1:] or self.steps)
 
+    @property
+    def wait(self) -> float:
+        """The median time between batches but before the first, whose wait starts the loader."""
+        return statistics.median(self.waits[1:] or self.waits)
+
     def training(self, engine: Engine, batches: int, validation: int) -> float:
         """Seconds of a training by ``engine`` with so many batches in an epoch and in a check."""
         total = engine.epochs * batches if engine.epochs else engine.total_steps(batches) * engine.accumulate
-        wait = statistics.median(self.waits[1:] or self.waits)
         check = self.after + (self.ends[-1] - self.ends[-2]) * (validation - (len(self.ends) - 1))
         # The first wait starts the loader; what else is slow the first time is so in this trial alone.
         return (
             self.waits[0]
-            + (total - 1) * wait
+            + (total - 1) * self.wait
             + total * self.step
             + math.ceil(total / (engine.check_every * batches)) * check
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from shared import half
 from shared.errors import WorkError
 
 DRAWS = 8  # of the noise, at most, until a gradient has reached every adapter
@@ -28,7 +29,7 @@ def prove(model: Any, name: str, example: Sequence[Any]) -> None:
     tensors = [t for t in tree_flatten(tuple(example))[0] if isinstance(t, Tensor)]
     if any(t.device.type == "meta" for t in (*tensors, *model.parameters())):
         return
-    with _perturbed(model, modules):
+    with _perturbed(model, modules), half.computing(model):
         vars(model.context).update(model.methods[name].example())
         for module in modules.values():
             module.train()

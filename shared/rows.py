@@ -92,6 +92,8 @@ def _check(model: Any, names: list[str | None], axis: int, args: tuple, kwargs: 
         raise CannotStack("the model is being compiled")
     if state.merged:
         raise CannotStack("adapters are merged into the weights")
+    if state.half is not None:
+        raise CannotStack("the frozen weights are in half precision")
     if state.lowest or state.drawn:
         raise CannotStack("adapters of the lowest blocks rest")
     if any(module.training for module in model.backbone.modules()):

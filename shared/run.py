@@ -7,7 +7,7 @@ import logging
 import platform
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shared.claim import claimed, is_empty
-from shared.errors import RequestError, WorkError
+from shared.errors import RequestError
+from shared.logfile import logged
 from shared.recipe import Recipe
 from shared.store import write_atomically
 from shared.training import processes
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 RECIPE, ADAPTER, METRICS, CURVES, LOG, PAGE = (
     "recipe.yaml", "adapter.safetensors", "metrics.json", "metrics.csv", "log.txt", "report.html",
 )  # fmt: skip
+_SAME = ("device", "devices", "nodes", "strategy", "save_every", "recompute", "offload")  # no other result
 _log = logging.getLogger("omniadapt")
 
 
@@ -93,7 +95,7 @@ def task_of(recipe: Recipe, data: Any) -> Any:
 @contextmanager
 def _writing(recipe: Recipe, output: Path, *, fresh: bool) -> Iterator[None]:
     """The run directory, for this process alone, with the recipe in it and the log open."""
-    with claimed(output, fresh=fresh), _logged(output / LOG):
+    with claimed(output, fresh=fresh), logged(output / LOG):
         write_atomically(output / RECIPE, recipe.text().encode())
         yield
 
@@ -165,9 +167,14 @@ def build(recipe: Recipe, data: Any) -> Adapted:
     seed(recipe.seed)
     method = recipe.build("method")
     try:
-        return adapt(backbone, method, head=head)
+        model = adapt(backbone, method, head=head)
     except RequestError as error:
         raise RequestError(f"{recipe.source}: method {type(method).__name__}: {error}") from error
+    try:
+        recipe.build("trainer").economise(model)
+    except RequestError as error:
+        raise RequestError(f"{recipe.source}: trainer: {error}") from error
+    return model
 
 
 def count(recipe: Recipe) -> dict[str, int]:
@@ -240,7 +247,7 @@ def check_same(recipe: Recipe, path: Path) -> None:
     from shared.recipe import read
 
     before, now = _flat(read(path)), _flat(recipe.tree)
-    where = {f"trainer.{name}" for name in ("device", "devices", "nodes", "strategy", "save_every")}  # no other result
+    where = {f"trainer.{name}" for name in _SAME}
     for key in sorted((before.keys() | now.keys()) - where):
         if before.get(key) != now.get(key):
             was, is_now = before.get(key, "not set"), now.get(key, "not set")
@@ -265,47 +272,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name.replace("_", "-")] = "not installed as a package"
     return found
-
-
-class _LogFile(logging.FileHandler):
-    """A log that cannot be written stops the work; by itself ``logging`` would print a traceback and go on."""
-
-    def __init__(self, path: Path):
-        try:
-            super().__init__(path, encoding="utf-8")
-        except OSError as error:
-            raise WorkError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        error = sys.exc_info()[1]
-        if isinstance(error, OSError):
-            raise WorkError(f"{self.baseFilename}: cannot be written: {error.strerror or error}") from error
-        super().handleError(record)
-
-
-@contextmanager
-def _logged(path: Path) -> Iterator[None]:
-    """Within it, our and Lightning's messages and all warnings also go to ``path``, and so does a failure."""
-    file, terminal = _LogFile(path), logging.StreamHandler()
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    warned = logging.getLogger("py.warnings")
-    pairs = [(_log, file), (logging.getLogger("lightning.pytorch"), file), (warned, file), (warned, terminal)]
-    before = _log.level
-    _log.setLevel(logging.INFO)
-    for logger, handler in pairs:
-        logger.addHandler(handler)
-    logging.captureWarnings(True)
-    try:
-        yield
-    except BaseException as error:
-        known = isinstance(error, (RequestError, WorkError, KeyboardInterrupt, SystemExit))
-        with suppress(WorkError):  # the disk that stopped the work stops its log as well
-            _log.error("stopped: %s: %s", type(error).__name__, error, exc_info=not known)
-        raise
-    finally:
-        logging.captureWarnings(False)
-        _log.setLevel(before)
-        for logger, handler in pairs:
-            logger.removeHandler(handler)
-        with suppress(OSError):  # what could not be written was told when it was logged
-            file.close()

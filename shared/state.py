@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import nn
 
 from shared.folds import Active, Folds
@@ -18,6 +19,7 @@ class State:
 
     active: (name, strength) of the adapters in force, in order.  merged: the same for what the stored weights hold.
     form: "auto", or "separate" to keep low-rank changes beside the product.  folds: what inference keeps.
+    half: precision of the frozen products (``shared.half``), None: that of the weights as they came.
     rows: in a call whose samples have adapters of their own, how hosts are to run; by_rows: how the last such call ran;
     tried: by kind of input, the hosts that are not given one row a sample; stackable: names of adapters that can run so
     (see ``shared.rows``).
@@ -30,6 +32,7 @@ class State:
         self._active: Active = ()
         self.merged: Active = ()
         self.form = "auto"
+        self.half: torch.dtype | None = None
         self.folds = Folds()
         self.rows: Rows | None = None
         self.by_rows = ""

@@ -119,7 +119,7 @@ class Classification(Task):
         if image.ndim != 4 or image.shape[1] != self.bands or label.shape != image.shape[:1]:
             shapes = f"images {tuple(image.shape)} and labels {tuple(label.shape)}"
             raise RequestError(f"samples {names}: {shapes} do not fit {self.bands} bands and each other")
-        if image.dtype != (wanted := next(self.parameters()).dtype):
+        if image.dtype != (wanted := self.model.dtype):
             raise RequestError(f"samples {names}: images are {image.dtype}, the model computes in {wanted}")
         if not torch.isfinite(image).all():
             raise RequestError(f"samples {names}: an image holds NaN or infinity")

@@ -15,7 +15,8 @@ _FIRST = ("loss", "miou", "iou", "accuracy", "macro_f1", "f1")  # charts in this
 _SPELLED = {"miou": "mIoU", "iou": "IoU", "oa": "overall accuracy", "f1": "F1", "macro_f1": "macro-F1"}
 
 COST = (
-    "Predicted before training, from a few batches. Step: one batch, the median. Training: with its checks. Peak "
+    "Predicted before training, from a few batches. Step: one batch, the median. Waiting: for training batches, of the "
+    "time of that and of steps. Training: with its checks. Peak "
     "memory: of the whole process, or of the GPU's tensors where a GPU trains."
 )
 
@@ -87,10 +88,11 @@ def cost_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     rows = [
         ("trainable parameters", "trainable", "{:,}".format, parameters["trainable"]),
         ("time of a step", "step_seconds", milliseconds, cost["step_seconds"]),
+        ("waiting for data", "wait_share", "{:.1%}".format, cost.get("wait_share")),
         ("time of training", "train_seconds", seconds, cost["train_seconds"]),
         ("peak memory", "peak_memory_bytes", size, cost["peak_memory_bytes"]),
     ]
-    beside = [(name, write(told[key]) if told else "–", write(value)) for name, key, write, value in rows]
+    beside = [(name, _told(told, key, write), _told({key: value}, key, write)) for name, key, write, value in rows]
     return [
         *beside,
         ("share of all parameters", "", f"{share:.2%}"),
@@ -100,6 +102,10 @@ def cost_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("adapter file", "", size(found["file_bytes"])),
         ("training steps", "", f"{found['steps']:,} in {found['epochs']:,} epochs"),
     ]
+
+
+def _told(found: Mapping[str, Any] | None, key: str, write: Any) -> str:
+    return "–" if found is None or found.get(key) is None else write(found[key])
 
 
 def milliseconds(value: float) -> str:

@@ -157,11 +157,12 @@ class End(Callback):
 
 
 class Cost(Callback):
-    """Measures the time of steps (the last thousand) and of training, checks included, and the peak of memory."""
+    """Measures the time of steps (the last thousand) and of training, checks included, the share of waiting for batches
+    to train on, and the peak of memory."""
 
     def __init__(self):
         self.steps: deque[float] = deque(maxlen=1000)
-        self.seconds, self.peak = 0.0, 0
+        self.seconds, self.busy, self.waited, self.peak = 0.0, 0.0, 0.0, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.device, self.since = pl_module.device, time.perf_counter()
@@ -171,25 +172,33 @@ class Cost(Callback):
     def on_train_batch_start(self, *args: Any) -> None:
         self.mark = time.perf_counter()
 
-    def on_train_batch_end(self, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         self.steps.append(time.perf_counter() - self.mark)
+        self.busy += self.steps[-1]
+        feed: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self.waited, feed.training.waited = self.waited + feed.training.waited, 0.0
 
     def on_train_end(self, *args: Any) -> None:
         self.state_dict()
 
     def summary(self) -> dict[str, float | int | None]:
         step = statistics.median(self.steps) if self.steps else None
-        return {"step_seconds": step, "train_seconds": self.seconds, "peak_memory_bytes": self.peak}
+        share = self.waited / (self.waited + self.busy) if self.busy else None
+        return {
+            "step_seconds": step, "wait_share": share, "train_seconds": self.seconds, "peak_memory_bytes": self.peak,
+        }  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         now = time.perf_counter()
         self.seconds, self.since = self.seconds + now - self.since, now
         self.peak = max(self.peak, _peak(self.device))
-        return {"steps": list(self.steps), "seconds": self.seconds, "peak": self.peak}
+        times = {"seconds": self.seconds, "busy": self.busy, "waited": self.waited}
+        return {"steps": list(self.steps), "peak": self.peak, **times}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps.extend(state_dict["steps"])
         self.seconds, self.peak = state_dict["seconds"], state_dict["peak"]
+        self.busy, self.waited = state_dict.get("busy", 0.0), state_dict.get("waited", 0.0)
 
 
 def _peak(device: torch.device) -> int:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,27 +11,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from shared.dropping import dropping
 from shared.errors import RequestError
+from shared.half import halve
+from shared.memory import Saving
+from shared.recompute import blocks
 from shared.training import processes
+from shared.training.quiet import quiet
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
+    from shared.adapted import Adapted
     from shared.training.task import Task
-
-# Deliberate here: the data choose their workers, frozen modules stay in eval mode, a device may be left unused, a task
-# looks at its batches, a half-precision scaler may skip the first step, and results are of all processes already. The
-# last message is between Lightning 2.6 and torch 2.13.
-_QUIET = (
-    ".*does not have many workers",
-    ".*in eval mode at the start of training",
-    "GPU available but not used",
-    "You have overridden `on_before_batch_transfer`",
-    "Detected call of `lr_scheduler.step",
-    "It is recommended to use `self.log",
-    "You're resuming from a checkpoint that ended before the epoch ended",
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-)
 
 BEST = "checkpoints/best.ckpt"  # below a run directory
 
@@ -57,6 +46,11 @@ class Engine:
     al., 2023) or "auto" (ddp where there are several processes). Processes share each batch: the data's batch size,
     the steps and what is learnt are those of one process, but for what a process draws for its own samples (dropout)
     and for batch normalisation, whose statistics are of its share.
+    frozen: "bfloat16" stores the backbone's products in half precision and runs them so (``shared.half``), in training
+    and prediction; adapters and head stay in float32.  recompute: keep only the inputs of the backbone's blocks for
+    backward and run each block again (gradient checkpointing), the gradients are the same bit for bit.  saved_bits:
+    keep activations as codes of 1, 2, 4 or 8 bits (``shared.memory``), the forward pass stays exact; saved_attention:
+    those of fused attention too.  offload: keep a GPU's activations in main memory.
     """
 
     epochs: int | None = None
@@ -73,6 +67,11 @@ class Engine:
     devices: int = 1
     nodes: int = 1
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    frozen: Literal["float32", "bfloat16"] = "float32"
+    recompute: bool = False
+    saved_bits: int | None = None
+    saved_attention: bool = False
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -97,11 +96,30 @@ class Engine:
             raise RequestError(f"trainer.strategy {self.strategy!r} is for several processes: give trainer.devices too")
         if self.strategy == "fsdp" and self.precision == "16-mixed":
             raise RequestError("trainer.precision '16-mixed' cannot be scaled under 'fsdp': use 'bf16-mixed'")
+        if self.frozen == "bfloat16" and self.precision not in ("32", "bf16-mixed"):
+            raise RequestError(f"trainer.frozen 'bfloat16' with precision {self.precision!r}: use '32' or 'bf16-mixed'")
+        if self.strategy == "fsdp" and (self.frozen == "bfloat16" or self.recompute or self.offload):
+            raise RequestError("trainer.frozen 'bfloat16', recompute and offload do not go with 'fsdp': use 'ddp'")
+        if self.saved_attention and self.saved_bits is None:
+            raise RequestError("trainer.saved_attention: give saved_bits too")
 
     @property
     def processes(self) -> int:
         """How many train together."""
         return self.devices * self.nodes
+
+    def economise(self, model: Adapted) -> None:
+        """Let a model compute and keep for backward what the engine says: frozen, recompute, saved_bits, offload.
+
+        Raises RequestError where the backbone has no blocks to recompute, or trains and cannot be in half precision.
+        """
+        if self.frozen == "bfloat16":
+            halve(model)
+        if self.recompute:
+            blocks(model)
+        model.recompute, model.offload = model.recompute or self.recompute, model.offload or self.offload
+        if self.saved_bits is not None:
+            model.saving = Saving(bits=self.saved_bits, attention=self.saved_attention)
 
     def total_steps(self, batches: int) -> int:
         """Optimiser steps of the whole training, where an epoch has ``batches``."""
@@ -118,7 +136,8 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
     have given uninterrupted.
 
     Returns ``test`` (the task's results in its best state), ``best`` (monitor, value, epoch, step), ``epochs``,
-    ``steps`` and ``cost``: ``step_seconds`` (median), ``train_seconds``, ``peak_memory_bytes`` (of the GPU's tensors;
+    ``steps`` and ``cost``: ``step_seconds`` (median), ``wait_share`` (of waiting for
+    training batches, of the time of that and of steps), ``train_seconds``, ``peak_memory_bytes`` (of the GPU's tensors;
     of the process elsewhere). The model holds its best state afterwards.
 
     Raises RequestError where there is a run to overwrite, or no data; WorkError where the loss is not finite or a
@@ -129,6 +148,7 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
     from shared.training.log import MetricsFile
 
     available(engine)
+    engine.economise(task.model)
     folder = Path(output) / "checkpoints"
     state = _state(folder / "last.ckpt", resume)
     loaders = {split: getattr(data, split)() for split in ("train", "validation", "test")}
@@ -143,31 +163,19 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
         Order(),
         Cost(),
     )
-    with _quiet():
+    with quiet():
         log = MetricsFile(Path(output) / "metrics.csv", keep=state["global_step"] if state else None)
         callbacks = [checkpoints, order, End(total, batches), cost, *_optional(engine, monitor)]
         trainer = _trainer(engine, task, batches, total, log, callbacks)
         feed = Feed(loaders, order)
         task.total_steps = total
         task.train()
-        with _dropping(task.model, engine.adapter_drop):
+        with dropping(task.model, engine.adapter_drop):
             trainer.fit(task, datamodule=feed, ckpt_path=folder / "last.ckpt" if state else None, weights_only=True)
         task.load_state_dict(read_checkpoint(Path(output) / BEST)["state_dict"])
         trainer.test(task, datamodule=feed, verbose=False)
     reached = {"epochs": trainer.current_epoch, "steps": trainer.global_step}
     return {"test": task.outcome["test"], "best": checkpoints.best, **reached, "cost": cost.summary()}
-
-
-@contextlib.contextmanager
-def _dropping(model: Any, most: int) -> Iterator[None]:
-    """Adapters of up to ``most`` of the lowest blocks rest in each training step within it."""
-    if most:
-        model.drop(model.state.lowest, drawn=most)
-    try:
-        yield
-    finally:
-        if most:
-            model.drop(model.state.lowest)
 
 
 def _state(last: Path, resume: bool) -> dict[str, Any] | None:
@@ -264,22 +272,7 @@ def available(engine: Engine) -> None:
         raise RequestError(f"trainer.device {device!r}: this machine has {', '.join(d for d in there if there[d])}")
     if device == "cuda" and engine.devices > torch.cuda.device_count():
         raise RequestError(f"trainer.devices {engine.devices}: this machine has {torch.cuda.device_count()} GPUs")
+    if device == "cpu" and engine.offload:
+        raise RequestError("trainer.offload moves a GPU's activations to main memory: this run trains on the CPU")
     if device == "cpu" and engine.precision == "16-mixed":
         raise RequestError("trainer.precision '16-mixed' needs a GPU: use 'bf16-mixed' or '32' on a CPU")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Lightning's notices, and without the warnings about what is done here on purpose."""
-    logs = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [log.level for log in logs]
-    for log in logs:
-        log.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        for message in _QUIET:
-            warnings.filterwarnings("ignore", message=message)
-        try:
-            yield
-        finally:
-            for log, level in zip(logs, levels, strict=True):
-                log.setLevel(level)

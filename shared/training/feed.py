@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -128,12 +129,36 @@ class Turns(Sampler):
         return self.number(step) < len(self.batches)
 
 
+class Timed(DataLoader):
+    """A loader that adds up the seconds that whoever asks for batches waits for them."""
+
+    waited = 0.0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        began = time.perf_counter()
+        iterator = super().__iter__()
+        self.waited += time.perf_counter() - began
+        return self._counted(iterator)
+
+    def _counted(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            began = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self.waited += time.perf_counter() - began
+            yield batch
+
+
 class Feed(LightningDataModule):
     """Hands the loaders to Lightning, seeded: training in shares, evaluation in turns."""
 
     def __init__(self, loaders: dict[str, DataLoader], order: Any):
         super().__init__()
         self.loaders, self.order = loaders, order
+        self.training: Timed | None = None
         self.shares: Shares | None = None
         self.turns: dict[str, Turns] = {}
 
@@ -141,7 +166,8 @@ class Feed(LightningDataModule):
         loader, trainer = self.loaders["train"], self.trainer
         assert trainer is not None
         self.shares = Shares(loader, self.order, trainer.fit_loop, trainer.global_rank, trainer.world_size)
-        return rebuilt(loader, Seeded(loader.dataset), self.shares)
+        self.training = rebuilt(loader, Seeded(loader.dataset), self.shares)
+        return self.training
 
     def val_dataloader(self) -> DataLoader:
         return self._in_turns("validation")
@@ -191,10 +217,10 @@ def check(loaders: dict[str, DataLoader], world: int) -> None:
         raise RequestError("the train loader gives whole batches, which cannot be divided among processes: use one")
 
 
-def rebuilt(loader: DataLoader, dataset: Dataset, batches: Sampler) -> DataLoader:
+def rebuilt(loader: DataLoader, dataset: Dataset, batches: Sampler) -> Timed:
     """The loader with another data set and other batches of its indices."""
     order = {"batch_size": None, "sampler": batches} if loader.batch_sampler is None else {"batch_sampler": batches}
-    return DataLoader(
+    return Timed(
         dataset,
         **order,  # type: ignore[arg-type]
         num_workers=loader.num_workers,

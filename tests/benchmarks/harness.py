@@ -84,9 +84,11 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def peak() -> float:
-    """The process's peak memory so far, in MiB; what getrusage tells starts, on Linux, at the parent's."""
-    status = Path("/proc/self/status")
-    if status.exists():
+    """The process's peak memory so far, in MiB.
+
+    On Linux from its status: what ``getrusage`` tells starts at the peak of the process that started this one.
+    """
+    if (status := Path("/proc/self/status")).exists():
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 

@@ -11,16 +11,19 @@ import copy
 import importlib
 import itertools
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from shared import catalog, taxonomy
+from shared import catalog, half, recompute, taxonomy
 from shared.adapted import Adapted
 from shared.errors import RequestError
+from shared.memory import Saving
 from tests.shared.hosts import HOSTS
 
 
@@ -88,7 +91,7 @@ class Case:
         return self
 
 
-def out(model: nn.Module, inputs: tuple[Tensor, ...], **more) -> Tensor:
+def out(model: Callable[..., Any], inputs: tuple[Tensor, ...], **more) -> Tensor:
     """All floating-point outputs without gradient, as rows of one (batch, -1) tensor."""
     with torch.no_grad():
         return rows(model(*inputs, **more))
@@ -266,6 +269,57 @@ def batch_of_one(case: Case) -> None:
 
 
 @capability
+def recomputing_changes_no_bit(case: Case) -> None:
+    """Of gradients, of what the adapters count, and of the extra loss; dropout and draws for a step included."""
+    if not any(site.role == "block" for site in case.model.sites()):
+        with pytest.raises(RequestError, match="describes no blocks"):
+            recompute.blocks(case.model)
+        return
+    twin = copy.deepcopy(case.perturb().model)
+    twin.recompute = True
+    kept, again = (training_step(model, case.inputs) for model in (case.model, twin))
+    assert kept.keys() == again.keys()
+    assert all(torch.equal(kept[n], again[n]) for n in kept)
+
+
+def training_step(model, inputs) -> dict[str, Tensor]:
+    """Gradients, buffers and losses of a step with codes for what is saved for backward of 8 bits."""
+    model.train().saving = Saving(bits=8)
+    model.step(3, 7)
+    torch.manual_seed(5)
+    loss, extra = rows(model(*inputs)).square().sum(), model.penalty()
+    (loss + extra).backward()
+    gradients = {n: p.grad for n, p in model.trainable().items() if p.grad is not None}
+    assert gradients
+    return gradients | dict(model.bank.named_buffers()) | {"loss": loss.detach(), "extra": extra.detach()}
+
+
+@capability
+def half_precision_is_near(case: Case) -> None:
+    """With the frozen products in bfloat16: outputs in float32 and near, in training as in inference; gradients too."""
+    model, inputs = case.perturb().model.eval(), case.inputs
+    before, weights = model.fingerprint, torch.randn(case.bare.shape, generator=torch.Generator().manual_seed(4))
+
+    def found() -> list[Tensor]:
+        """The output without gradients, the output with them, and all of them in one tensor."""
+        inferred, trained = out(model, inputs).float(), rows(model(*inputs)).float()
+        gradients = torch.autograd.grad((trained * weights).sum(), list(model.trainable().values()))
+        assert all(g.dtype == torch.float32 for g in gradients)
+        return [inferred, trained.detach(), torch.cat([g.flatten() for g in gradients])]
+
+    exact = found()
+    with torch.autocast("cpu", torch.bfloat16):  # what mixed precision makes of float32 weights
+        mixed = found()
+    half.halve(model)
+    assert model.fingerprint == before
+    assert out(model, inputs).dtype == torch.float32
+    for right, usual, ours in zip(exact, mixed, found(), strict=True):
+        size, error = float(right.norm()), float((usual - right).norm())
+        if error < 0.5 * size:  # else the function is one that no rounding comes near
+            assert float((ours - right).norm()) <= 1.5 * error + 0.05 * size  # a rectifier may switch
+
+
+@capability
 def trains_what_its_record_says(case: Case) -> None:
     record = catalog.find(type(case.method).__name__, "method").record
     assert record is not None
@@ -294,7 +348,7 @@ def test_the_matrix_knows_its_size() -> None:
     assert files <= {catalog.fold(method) for method in methods}
     assert methods == {method for method, _ in cases()} | absent
     assert all(excluded(method).keys() <= CAPABILITIES.keys() and all(excluded(method).values()) for method in methods)
-    assert len(CAPABILITIES) == 16
+    assert len(CAPABILITIES) == 18
     assert len(cases()) >= 8
 
 

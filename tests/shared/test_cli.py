@@ -30,7 +30,7 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for command in ("run", "compare", "predict", "count", "list", "show", "inspect"):
+    for command in ("run", "compare", "predict", "plan", "count", "list", "show", "inspect"):
         assert f"    {command} " in text
 
 
@@ -139,6 +139,24 @@ def test_count_gives_the_published_numbers_without_data_or_weights(say):
     numbers = [int(line.split()[1].replace(",", "")) for line in out.splitlines()]
     assert numbers[0] == numbers[1] + numbers[2]
     assert [line.split()[0] for line in out.splitlines()] == ["trainable", "adapter", "head", "frozen"]
+
+
+def test_plan_predicts_without_leaving_anything(say, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = say("plan", "images/s2a", "--tiny", "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert found["trainable"] == 3683
+    assert found["blocks"] == [2, 2]
+    assert found["forward_flops"] > 0 < found["saved_bytes"]
+    assert all(found[f"{name}_seconds"] > 0 for name in ("step", "epoch", "train", "own", "limit", "full"))
+    status, out, _ = say("plan", "images/s2a", "--tiny")
+    assert "step of full fine-tuning" in out
+    assert "of its limit" in out
+    assert list(tmp_path.iterdir()) == []
+    status, _, err = say("plan", "images/s2a", "--tiny", "trainer.devices=2")
+    assert status == 2
+    assert "costs are predicted for one process" in err
 
 
 def test_count_says_what_only_the_files_could_tell(say):

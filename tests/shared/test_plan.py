@@ -94,7 +94,7 @@ def test_a_prediction_leaves_the_task_and_the_random_states_as_they_were(tmp_pat
 
 def test_a_copy_shares_the_frozen_weights_alone():
     task = line()
-    trial = plan._trial(task, EPOCHS, plan._Watch())
+    trial = plan.trial(task, EPOCHS, plan._Watch())
     for (name, mine), (_, its) in zip(task.named_parameters(), trial.named_parameters(), strict=True):
         assert (mine is its) == (not mine.requires_grad), name
 

@@ -135,20 +135,21 @@ def test_the_largest_errors_come_first():
 def cost(**changed):
     return {
         "parameters": {"trainable": 1500, "frozen": 8500, "adapter": 1000, "head": 500},
-        "cost": {"step_seconds": 0.02, "train_seconds": 200.0, "peak_memory_bytes": 2e9},
+        "cost": {"step_seconds": 0.02, "wait_share": 0.0712, "train_seconds": 200.0, "peak_memory_bytes": 2e9},
         "predicted": {"trainable": 1500, "step_seconds": 0.0184, "train_seconds": 190.0, "peak_memory_bytes": 1.9e9},
         "file_bytes": 6000, "steps": 10, "epochs": 2, **changed,
     }  # fmt: skip
 
 
 def test_costs_stand_beside_what_was_predicted():
-    assert run_page.cost_rows(cost())[:5] == [
+    assert run_page.cost_rows(cost())[:6] == [
         ("trainable parameters", "1,500", "1,500"), ("time of a step", "18.4 ms", "20.0 ms"),
+        ("waiting for data", "–", "7.1%"),
         ("time of training", "3.2 min", "3.3 min"), ("peak memory", "1.90 GB", "2.00 GB"),
         ("share of all parameters", "", "15.00%"),
     ]  # fmt: skip
     for without in (cost(predicted=None), {k: v for k, v in cost().items() if k != "predicted"}):
-        assert [row[1] for row in run_page.cost_rows(without)[:4]] == ["–"] * 4
+        assert [row[1] for row in run_page.cost_rows(without)[:5]] == ["–"] * 5
 
 
 @pytest.mark.parametrize(

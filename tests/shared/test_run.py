@@ -80,7 +80,8 @@ def test_the_directory_holds_what_it_promises(done, small):
     assert found["parameters"]["adapter"] == 2 * 2 * (12 + 12) == run.count(small)["adapter"]
     assert found["steps"] == 2 * found["epochs"] == 4
     assert found["predicted"]["trainable"] == found["parameters"]["trainable"]
-    assert found["predicted"].keys() == {*found["cost"], "trainable", "plan_seconds"}
+    more = {"trainable", "trained_backbone", "epoch_seconds", "plan_seconds"}
+    assert found["predicted"].keys() == {*found["cost"], *more}
     assert found["file_bytes"] == (folder / "adapter.safetensors").stat().st_size
     with open(folder / "metrics.csv", newline="") as file:
         losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]

@@ -29,6 +29,8 @@ CASES: dict[str, dict[str, Any]] = {
     "accumulated": {"accumulate": 2, "clip": 0.5},
     "workers": {"workers": 2},
     "one sample": {"count": 1},
+    "recomputed": {"recompute": True},
+    "halved": {"frozen": "bfloat16"},
 }
 
 

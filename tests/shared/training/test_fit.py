@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,29 @@ def test_cost_is_measured(tmp_path: Path) -> None:
     cost = fit(line(), Data(), Engine(epochs=2), tmp_path)["cost"]
     assert 0 < cost["step_seconds"] < cost["train_seconds"] < 60
     assert cost["peak_memory_bytes"] > 50e6  # the process: torch alone takes more
+    assert 0 < cost["wait_share"] < 1
+
+
+class Awaited(Data):
+    """Samples that take 20 ms each."""
+
+    def train(self):
+        loader = super().train()
+        plain = loader.dataset.__getitem__
+
+        class Late(type(loader.dataset)):
+            def __getitem__(self, index: int) -> dict:
+                time.sleep(0.02)
+                return plain(index)
+
+        loader.dataset.__class__ = Late
+        return loader
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_waiting_for_data_is_told(tmp_path: Path, workers: int) -> None:
+    cost = fit(line(), Awaited(workers=workers), Engine(epochs=1), tmp_path)["cost"]
+    assert 0.5 < cost["wait_share"] < 1  # a step takes few milliseconds, four samples 80
 
 
 @pytest.mark.parametrize(

@@ -42,26 +42,28 @@ def weights(output: Path, name: str = "last") -> dict[str, torch.Tensor]:
     return torch.load(output / f"checkpoints/{name}.ckpt", weights_only=True)["state_dict"]
 
 
-def check_equal(ours: Path, theirs: Path, name: str = "last") -> None:
+def check_equal(ours: Path, theirs: Path, name: str = "last", rounding: float = 2e-6) -> None:
     a, b = weights(ours, name), weights(theirs, name)
     assert a.keys() == b.keys()
     for key, tensor in b.items():
-        torch.testing.assert_close(a[key], tensor, rtol=1e-4, atol=2e-6, msg=lambda said, key=key: f"{key}: {said}")
+        told = lambda said, key=key: f"{key}: {said}"  # noqa: E731
+        torch.testing.assert_close(a[key], tensor, rtol=50 * rounding, atol=rounding, msg=told)
 
 
 @pytest.mark.parametrize("run", [*(f"ddp {name}" for name in CASES), "fsdp plain", "fsdp accumulated"])
 def test_two_processes_learn_and_measure_what_one_does(folder: Path, found, alone, run: str) -> None:
     name = run.partition(" ")[2]
-    check_equal(folder / run, folder / f"alone {name}")
+    rounding = 1e-3 if name == "halved" else 2e-6  # a share's gradients are rounded by themselves
+    check_equal(folder / run, folder / f"alone {name}", rounding=rounding)
     ours, theirs = found[run], alone[name]
     assert ours["test"]["points"] == theirs["test"]["points"] == [9]  # no sample twice
-    assert ours["test"]["loss"] == pytest.approx(theirs["test"]["loss"], rel=1e-5)
+    assert ours["test"]["loss"] == pytest.approx(theirs["test"]["loss"], rel=5 * rounding)
     assert (ours["epochs"], ours["steps"]) == (theirs["epochs"], theirs["steps"])
     assert ours["best"]["epoch"] == theirs["best"]["epoch"]
     rows = [rows_of(folder / each) for each in (run, f"alone {name}")]
     assert [r["step"] for r in rows[0]] == [r["step"] for r in rows[1]]
     losses = [[float(r["train/loss"]) for r in each if r["train/loss"]] for each in rows]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # of the whole batch, not of a share
+    assert losses[0] == pytest.approx(losses[1], rel=50 * rounding)  # of the whole batch, not of a share
     moved = max((t - line().state_dict()[n]).abs().max() for n, t in weights(folder / run).items())
     assert moved > 0.005, "it trained"
 
