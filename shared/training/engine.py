@@ -48,7 +48,7 @@ class Engine:
     and for batch normalisation, whose statistics are of its share.
     frozen: "bfloat16" stores the backbone's products in half precision and runs them so (``shared.half``), in training
     and prediction; adapters and head stay in float32.  recompute: keep only the inputs of the backbone's blocks for
-    backward and run each block again (gradient checkpointing), the gradients are the same bit for bit.  saved_bits:
+    backward and run each block again (gradient checkpointing), the gradients are the same.  saved_bits:
     keep activations as codes of 1, 2, 4 or 8 bits (``shared.memory``), the forward pass stays exact; saved_attention:
     those of fused attention too.  offload: keep a GPU's activations in main memory.
     """
