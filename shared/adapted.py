@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from shared.method import Method, check_choices
 from shared.proof import prove
 from shared.rows import run_by_rows
 from shared.sites import Sites, describe
+
+if TYPE_CHECKING:
+    from shared.cache import FrozenPrefix
 
 
 def adapt(
@@ -55,7 +58,8 @@ class Adapted(nn.Module):
     """A backbone with named adapters. Calling it is calling the backbone, then the head where there is one.
 
     ``saving`` (``shared.memory``): how the backbone's activations are kept for backward, with any method; a compiled
-    model keeps what its compiler chooses.
+    model keeps what its compiler chooses. ``cache`` (``shared.cache``): where what is frozen below the lowest adapter
+    is kept, so that it runs once for each image; a compiled model does without.
     The backbone is changed in place (its hosts know their adapters) and restored bit for bit by ``remove``; its
     state-dict keys stay as they were. Frozen means frozen: it stays in eval mode while adapters and head train, unless
     the method trains it.
@@ -70,6 +74,7 @@ class Adapted(nn.Module):
         self.state = State()
         self.context: Context = backbone.context if isinstance(backbone, Backbone) else Context()
         self.saving: Saving | None = None
+        self.cache: FrozenPrefix | None = None
         self._sites = sites
         self._fingerprint: str | None = None
         self._frozen = {n: p.requires_grad for n, p in backbone.named_parameters()}
@@ -93,6 +98,7 @@ class Adapted(nn.Module):
         if self.state.merged:
             raise RequestError("adapters are merged into the weights; unmerge() before adding another")
         check_choices(method)
+        self._forget()
         chosen = method.sites(self.sites())
         if chosen is not None and not len(chosen):
             raise RequestError(f"{type(method).__name__} attaches to zero sites of {self.backbone_name}")
@@ -142,6 +148,7 @@ class Adapted(nn.Module):
         if users := [user for user, method in self.methods.items() if name in method.uses]:
             raise RequestError(f"adapter {name!r} is in use: {users[0]!r} works through it; remove that one first")
         self.unmerge()
+        self._forget()
         for host in self.backbone.modules():
             if "_port" in host.__dict__:
                 detach(host, name)
@@ -151,6 +158,10 @@ class Adapted(nn.Module):
         if not self.methods:
             for parameter_name, parameter in self.backbone.named_parameters():
                 parameter.requires_grad_(self._frozen.get(parameter_name, True))
+
+    def _forget(self) -> None:
+        if self.cache is not None:
+            self.cache.forget()
 
     def hosts(self) -> dict[str, Port]:
         """The ports of the backbone's hosts, by module path."""
@@ -204,6 +215,8 @@ class Adapted(nn.Module):
             return run_by_rows(self, adapters, args, {**kwargs, "context": context})
         try:
             self.context.__dict__.update(context or {})
+            if self.cache is not None and not torch.compiler.is_compiling():
+                self.context.cached = self.cache
             with self._saving():
                 output = self.backbone(*args, **kwargs)
             return output if self.head is None else self.head(output, tuple(args[0].shape[2:]))
@@ -234,9 +247,13 @@ class Adapted(nn.Module):
 
     def prepare(self, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
         """Let the active methods that start from data see them (see ``Method.prepare``); each only once."""
-        for name in self.unprepared():
-            self.methods[name].prepare(self, name, batches, loss)
-            self.prepared.add(name)
+        cache, self.cache = self.cache, None  # what it measures may lie anywhere
+        try:
+            for name in self.unprepared():
+                self.methods[name].prepare(self, name, batches, loss)
+                self.prepared.add(name)
+        finally:
+            self.cache = cache
 
     def step(self, number: int, seed: int = 0) -> None:
         """Tell the active methods which training step comes next; ``seed`` is the run's."""

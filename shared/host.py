@@ -140,6 +140,12 @@ class Port:
         return run(*args, **kwargs)
 
 
+def shown(module: nn.Module, output: Tensor) -> Tensor:
+    """Let a host's active adapters, which only read (``Adapter.observes``), see what it gave before; it is not run."""
+    port = module.__dict__.get("_port")
+    return output if port is None else port.call(module, lambda host: output, (), {})
+
+
 def _stamp(tensor: Tensor) -> tuple:
     # The tensor itself is kept, so its identity cannot be reused while the stamp lives.
     return tensor, tensor._version, tensor.data_ptr(), tensor.dtype

@@ -40,7 +40,7 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, data: Any = None)
     and WorkError as the parts do.
     """
     from shared.plan import predict
-    from shared.training.engine import available, fit
+    from shared.training.engine import available, cacheable, fit
 
     engine = recipe.build("trainer")
     if engine.processes > 1 and not processes.launched():
@@ -51,6 +51,7 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, data: Any = None)
     # Everything is built and all data read once before the directory exists: a wrong request leaves nothing behind.
     data = recipe.build("data") if data is None else data
     task = task_of(recipe, data)
+    cacheable(task, engine)
     described, parameters = data.describe(), task.model.count()
     for split in (data.train, data.validation, data.test):
         split()  # a split that cannot be had is refused now
@@ -238,7 +239,8 @@ def check_same(recipe: Recipe, path: Path) -> None:
     from shared.recipe import read
 
     before, now = _flat(read(path)), _flat(recipe.tree)
-    where = {f"trainer.{name}" for name in ("device", "devices", "nodes", "strategy", "save_every")}  # no other result
+    names = ("device", "devices", "nodes", "strategy", "save_every", "cache.folder", "cache.gigabytes")
+    where = {f"trainer.{name}" for name in names}  # no other result
     for key in sorted((before.keys() | now.keys()) - where):
         if before.get(key) != now.get(key):
             was, is_now = before.get(key, "not set"), now.get(key, "not set")

@@ -7,13 +7,14 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from shared.cache import Cache, FrozenPrefix, span
 from shared.errors import RequestError
 from shared.training import processes
 
@@ -36,6 +37,7 @@ _QUIET = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
 
+_log = logging.getLogger("omniadapt")
 BEST = "checkpoints/best.ckpt"  # below a run directory
 
 
@@ -54,6 +56,9 @@ class Engine:
     al., 2023) or "auto" (ddp where there are several processes). Processes share each batch: the data's batch size,
     the steps and what is learnt are those of one process, but for what a process draws for its own samples (dropout)
     and for batch normalisation, whose statistics are of its share.
+    cache: keep what is frozen below the lowest adapter, so that it runs once for each image: the settings of
+    ``shared.cache.Cache`` (precision, views, gigabytes, folder), {} for its defaults, None for no cache. Training and
+    checks go through it; the test runs the whole model, as it will be used.
     """
 
     epochs: int | None = None
@@ -69,8 +74,11 @@ class Engine:
     devices: int = 1
     nodes: int = 1
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    cache: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.cache is not None:
+            Cache.of(self.cache)
         if (self.epochs is None) == (self.steps is None):
             raise RequestError("trainer: give either epochs or steps")
         for key in (
@@ -91,6 +99,8 @@ class Engine:
             raise RequestError(f"trainer.strategy {self.strategy!r} is for several processes: give trainer.devices too")
         if self.strategy == "fsdp" and self.precision == "16-mixed":
             raise RequestError("trainer.precision '16-mixed' cannot be scaled under 'fsdp': use 'bf16-mixed'")
+        if self.strategy == "fsdp" and self.cache is not None:
+            raise RequestError("trainer.cache: under 'fsdp' every process has to run every block: use 'ddp'")
 
     @property
     def processes(self) -> int:
@@ -115,14 +125,15 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
     ``steps`` and ``cost``: ``step_seconds`` (median), ``train_seconds``, ``peak_memory_bytes`` (of the GPU's tensors;
     of the process elsewhere). The model holds its best state afterwards.
 
-    Raises RequestError where there is a run to overwrite, or no data; WorkError where the loss is not finite or a
-    trainable tensor gets no gradient.
+    Raises RequestError where there is a run to overwrite, no data, or nothing to cache; WorkError where the loss is not
+    finite or a trainable tensor gets no gradient.
     """
     from shared.training.callbacks import Checkpoints, Cost, End, Order
     from shared.training.feed import Feed, check
     from shared.training.log import MetricsFile
 
     available(engine)
+    cacheable(task, engine)
     folder = Path(output) / "checkpoints"
     state = _state(folder / "last.ckpt", resume)
     loaders = {split: getattr(data, split)() for split in ("train", "validation", "test")}
@@ -141,14 +152,47 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
         log = MetricsFile(Path(output) / "metrics.csv", keep=state["global_step"] if state else None)
         callbacks = [checkpoints, order, End(total, batches), cost, *_optional(engine, monitor)]
         trainer = _trainer(engine, task, batches, total, log, callbacks)
-        feed = Feed(loaders, order)
         task.total_steps = total
         task.train()
-        trainer.fit(task, datamodule=feed, ckpt_path=folder / "last.ckpt" if state else None, weights_only=True)
+        with _cached(task, engine) as cache:
+            feed = Feed(loaders, order, cache)
+            trainer.fit(task, datamodule=feed, ckpt_path=folder / "last.ckpt" if state else None, weights_only=True)
+        feed.cache = None
         task.load_state_dict(read_checkpoint(Path(output) / BEST)["state_dict"])
         trainer.test(task, datamodule=feed, verbose=False)
     reached = {"epochs": trainer.current_epoch, "steps": trainer.global_step}
     return {"test": task.outcome["test"], "best": checkpoints.best, **reached, "cost": cost.summary()}
+
+
+def cacheable(task: Task, engine: Engine) -> None:
+    """Raises RequestError where the engine has a cache and the task's model nothing to keep in it."""
+    if engine.cache is None:
+        return
+    try:
+        span(task.model)
+    except RequestError as error:
+        raise RequestError(f"trainer.cache: {error}") from None
+    if task.redraws:
+        raise RequestError(f"trainer.cache: {type(task).__name__} changes the images at random in every step, so none "
+                           f"comes twice: {task.redraws}")  # fmt: skip
+
+
+@contextlib.contextmanager
+def _cached(task: Task, engine: Engine) -> Iterator[FrozenPrefix | None]:
+    """Within it the task's model goes through the engine's cache, where it has one; what came of it is told."""
+    if engine.cache is None:
+        yield None
+        return
+    found, total = span(task.model), len(list(task.model.backbone.blocks))  # type: ignore[arg-type]
+    cache = task.model.cache = FrozenPrefix(task.model, Cache.of(engine.cache))
+    what = f"{found.start} of {total} blocks lie below the lowest adapter"
+    _log.info("cache %s: %s; %s", cache.root, what, cache.settings)
+    try:
+        yield cache
+    finally:
+        task.model.cache = None
+        cache.close()
+        _log.info("cache: %d images were computed, %d came from it", cache.computed, cache.read)
 
 
 def _state(last: Path, resume: bool) -> dict[str, Any] | None:
