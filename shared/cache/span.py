@@ -72,10 +72,12 @@ def _acting(model: Any) -> Any:
                 yield path, module, f"{kind} acts", False
             elif around:
                 yield path, module, f"{kind} reads", True
-    for path, module in model.backbone.named_modules():
+    modules = list(model.backbone.named_modules())
+    for path, module in modules:
         if any(p is not None and p.requires_grad for p in module._parameters.values()):
             yield path, module, "weights of the backbone train", False
-        elif module.training:
+    for path, module in modules:
+        if module.training:
             yield path, module, "the backbone is in training mode", False
 
 

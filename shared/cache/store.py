@@ -14,10 +14,10 @@ import os
 import secrets
 import struct
 import time
+import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 _ENTRY = struct.Struct("<32s16sQQ")  # key, checksum, and where the record lies in the shard: offset and length
 _log = logging.getLogger("omniadapt")
@@ -107,8 +107,8 @@ class _Writer:
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(4)}"
         self.process, self.end = os.getpid(), 0
-        self.data = open(folder / f"{name}.data", "xb", buffering=0)  # noqa: SIM115
-        self.index = open(folder / f"{name}.index", "xb", buffering=0)  # noqa: SIM115
+        new = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
+        self.data, self.index = (_opened(self, folder / f"{name}.{kind}", new) for kind in ("data", "index"))
 
     def append(self, records: Mapping[bytes, bytes]) -> None:
         entries = []
@@ -125,7 +125,7 @@ class _Shard:
     def __init__(self, path: Path):
         self.path = path.with_suffix(".data")
         self._index, self._seen = path, 0
-        self._file: IO[bytes] | None = None
+        self._file: int | None = None
         self._map: mmap.mmap | None = None
 
     def news(self) -> list[tuple[bytes, bytes, int, int]]:
@@ -158,12 +158,12 @@ class _Shard:
     def _mapped(self, offset: int, length: int) -> mmap.mmap | None:
         try:
             if self._file is None:
-                self._file = open(self.path, "rb")  # noqa: SIM115
-            now = os.fstat(self._file.fileno()).st_size  # reading a map beyond the end would kill the process
+                self._file = _opened(self, self.path, os.O_RDONLY)
+            now = os.fstat(self._file).st_size  # reading a map beyond the end would kill the process
             if offset + length > now or not length:
                 return None
             if self._map is None or offset + length > len(self._map):
-                self._map = mmap.mmap(self._file.fileno(), now, access=mmap.ACCESS_READ)
+                self._map = mmap.mmap(self._file, now, access=mmap.ACCESS_READ)
         except (OSError, ValueError):
             return None
         return self._map
@@ -189,7 +189,14 @@ def size(root: Path) -> int:
     return total
 
 
-def _write(file: IO[bytes], data: bytes) -> None:
+def _opened(owner: object, path: Path, flags: int) -> int:
+    """A file that is closed with its owner."""
+    file = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666)
+    weakref.finalize(owner, os.close, file)
+    return file
+
+
+def _write(file: int, data: bytes) -> None:
     left = memoryview(data)
     while left:
-        left = left[file.write(left) :]
+        left = left[os.write(file, left) :]
