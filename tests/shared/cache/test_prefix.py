@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from modalities.images.data import ImageFolders
 from modalities.remote_sensing.cloud_adapter import CloudAdapter
 from shared import catalog, methods
 from shared.adapted import Adapted, adapt
@@ -245,6 +249,36 @@ def test_images_that_differ_in_one_bit_in_size_or_in_dtype_are_others(tmp_path: 
     assert (cache.computed, cache.read) == (7, 0)
     made(image)
     assert cache.read == 1
+
+
+def test_another_file_of_the_same_name_and_another_transform_find_nothing(tmp_path: Path) -> None:
+    """Which files, names, sizes and dates there are is not asked: only what the model is given counts."""
+    for label in ("a", "b"):
+        (tmp_path / "root" / label).mkdir(parents=True)
+        for number in range(4):
+            _photograph(tmp_path / "root" / label / f"{number}.png", seed=number + 10 * (label == "b"))
+    computed = []
+    for change in (None, None, "file", "size", "normalisation", "crop", None):
+        for number in range(4 if change == "file" else 0):
+            _photograph(tmp_path / "root" / "a" / f"{number}.png", seed=90 + number)
+        settings: dict[str, Any] = {"size": 16, "crop": 1.0, "normalisation": {"mean": [120] * 3, "std": [60] * 3}}
+        settings |= {"size": 32} if change == "size" else {}
+        settings |= {"normalisation": {"mean": [121] * 3, "std": [60] * 3}} if change == "normalisation" else {}
+        settings |= {"crop": 0.3} if change == "crop" else {}
+        folders = ImageFolders(root=tmp_path / "root", flip=None, batch_size=8, **settings)
+        made = model()
+        cache = cached(made, tmp_path / "cache")
+        (batch,) = folders.train()
+        made(batch["image"])
+        computed.append(cache.computed)
+    assert len(batch["image"]) == 4
+    assert computed == [4, 0, 2, 4, 4, 4, 0]
+
+
+def _photograph(path: Path, seed: int) -> None:
+    """Noise of 40 x 40 pixels; the date is always the same."""
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8)).save(path)
+    os.utime(path, (1e9, 1e9))
 
 
 def test_the_code_that_computes_is_part_of_what_a_record_is_of(tmp_path: Path, monkeypatch) -> None:
