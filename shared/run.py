@@ -40,7 +40,8 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, data: Any = None)
     and WorkError as the parts do.
     """
     from shared.plan import predict
-    from shared.training.engine import available, cacheable, fit
+    from shared.training.caching import cacheable
+    from shared.training.engine import available, fit
 
     engine = recipe.build("trainer")
     if engine.processes > 1 and not processes.launched():

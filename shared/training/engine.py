@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from shared.cache import Cache, FrozenPrefix, span
+from shared.cache import Cache
 from shared.errors import RequestError
 from shared.training import processes
+from shared.training.caching import cacheable, through_cache
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -37,7 +38,6 @@ _QUIET = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
 
-_log = logging.getLogger("omniadapt")
 BEST = "checkpoints/best.ckpt"  # below a run directory
 
 
@@ -154,7 +154,7 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
         trainer = _trainer(engine, task, batches, total, log, callbacks)
         task.total_steps = total
         task.train()
-        with _cached(task, engine) as cache:
+        with through_cache(task, engine) as cache:
             feed = Feed(loaders, order, cache)
             trainer.fit(task, datamodule=feed, ckpt_path=folder / "last.ckpt" if state else None, weights_only=True)
         feed.cache = None
@@ -162,37 +162,6 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
         trainer.test(task, datamodule=feed, verbose=False)
     reached = {"epochs": trainer.current_epoch, "steps": trainer.global_step}
     return {"test": task.outcome["test"], "best": checkpoints.best, **reached, "cost": cost.summary()}
-
-
-def cacheable(task: Task, engine: Engine) -> None:
-    """Raises RequestError where the engine has a cache and the task's model nothing to keep in it."""
-    if engine.cache is None:
-        return
-    try:
-        span(task.model)
-    except RequestError as error:
-        raise RequestError(f"trainer.cache: {error}") from None
-    if task.redraws:
-        raise RequestError(f"trainer.cache: {type(task).__name__} changes the images at random in every step, so none "
-                           f"comes twice: {task.redraws}")  # fmt: skip
-
-
-@contextlib.contextmanager
-def _cached(task: Task, engine: Engine) -> Iterator[FrozenPrefix | None]:
-    """Within it the task's model goes through the engine's cache, where it has one; what came of it is told."""
-    if engine.cache is None:
-        yield None
-        return
-    found, total = span(task.model), len(list(task.model.backbone.blocks))  # type: ignore[arg-type]
-    cache = task.model.cache = FrozenPrefix(task.model, Cache.of(engine.cache))
-    what = f"{found.start} of {total} blocks lie below the lowest adapter"
-    _log.info("cache %s: %s; %s", cache.root, what, cache.settings)
-    try:
-        yield cache
-    finally:
-        task.model.cache = None
-        cache.close()
-        _log.info("cache: %d images were computed, %d came from it", cache.computed, cache.read)
 
 
 def _state(last: Path, resume: bool) -> dict[str, Any] | None:
