@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from shared.recompute import keeping
 from shared.rows import run_by_rows
 from shared.sites import Sites, describe
 from shared.state import State
+
+if TYPE_CHECKING:
+    from shared.cache import FrozenPrefix
 
 
 def adapt(
@@ -50,8 +53,9 @@ class Adapted(nn.Module):
     """A backbone with named adapters. Calling it is calling the backbone, then the head where there is one.
 
     How the backbone's activations are kept for backward, with any method: ``saving``, as codes (``shared.memory``);
-    ``recompute``, computed again block by block, and ``offload``, in main memory (``shared.recompute``). A compiled
-    model keeps what its compiler chooses.
+    ``recompute``, computed again block by block, and ``offload``, in main memory (``shared.recompute``).  ``cache``
+    (``shared.cache``): where what is frozen below the lowest adapter is kept, so that it runs once for each image. A
+    compiled model keeps what its compiler chooses, and does without a cache.
     The backbone is changed in place (its hosts know their adapters) and restored bit for bit by ``remove``; its
     state-dict keys stay as they were. Frozen means frozen: it stays in eval mode while adapters and head train, unless
     the method trains it.
@@ -69,6 +73,7 @@ class Adapted(nn.Module):
             head.context = self.context  # type: ignore[union-attr]
         self.saving: Saving | None = None
         self.recompute = self.offload = False
+        self.cache: FrozenPrefix | None = None
         self._sites = sites
         self._fingerprint: str | None = None
         self._frozen = {n: p.requires_grad for n, p in backbone.named_parameters()}
@@ -157,6 +162,8 @@ class Adapted(nn.Module):
             return run_by_rows(self, adapters, args, {**kwargs, "context": context})
         try:
             self.context.__dict__.update(context or {})
+            if self.cache is not None and not torch.compiler.is_compiling():
+                self.context.cached = self.cache
             with half.computing(self), keeping(self):
                 output = self.backbone(*args, **kwargs)
             output = output if self.state.half is None else half.full(output)
@@ -201,9 +208,13 @@ class Adapted(nn.Module):
 
     def prepare(self, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
         """Let the active methods that start from data see them (see ``Method.prepare``); each only once."""
-        for name in self.unprepared():
-            self.methods[name].prepare(self, name, batches, loss)
-            self.prepared.add(name)
+        cache, self.cache = self.cache, None  # what it measures may lie anywhere
+        try:
+            for name in self.unprepared():
+                self.methods[name].prepare(self, name, batches, loss)
+                self.prepared.add(name)
+        finally:
+            self.cache = cache
 
     def step(self, number: int, seed: int = 0) -> None:
         """Tell the active methods which training step comes next; ``seed`` is the run's."""

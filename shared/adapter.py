@@ -38,9 +38,12 @@ class Adapter(nn.Module):
 
     additive: whether it adds to what ``base`` gives for the very arguments of the call, one tensor; only then is a
     strength other than 1 defined, as that part of what it adds.
+    observes: whether it gives what ``base`` gives, for the very arguments of the call, and only reads that: what is
+    frozen around it can then be kept (``shared.cache``).
     """
 
     additive: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()

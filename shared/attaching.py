@@ -41,6 +41,8 @@ def add(model: Any, method: Method, name: str, example: Sequence[Any] | None) ->
     if model.state.lowest or model.state.most:
         raise RequestError("adapters of the lowest blocks are dropped; drop(0) before adding another")
     check_choices(method)
+    if model.cache is not None:
+        model.cache.forget()
     chosen = method.sites(model.sites())
     if chosen is not None and not len(chosen):
         raise RequestError(f"{type(method).__name__} attaches to zero sites of {model.backbone_name}")
@@ -92,6 +94,8 @@ def remove(model: Any, name: str) -> None:
     if users := [user for user, method in model.methods.items() if name in method.uses]:
         raise RequestError(f"adapter {name!r} is in use: {users[0]!r} works through it; remove that one first")
     model.unmerge()
+    if model.cache is not None:
+        model.cache.forget()
     model.state.active = tuple(pair for pair in model.state.active if pair[0] != name)
     for host in model.backbone.modules():
         if "_port" in host.__dict__:
@@ -122,12 +126,12 @@ def attach(site: Site, adapter: Adapter | WeightAdapter, name: str, state: State
         port.on.setdefault(str(site.parameter), {}).setdefault(name, []).append((site.rows, adapter))
     else:
         port.around.setdefault(name, []).append(adapter)
-        if _stay_called not in host._forward_pre_hooks.values():
-            host.register_forward_pre_hook(_stay_called)
+        if stay_called not in host._forward_pre_hooks.values():
+            host.register_forward_pre_hook(stay_called)
     become_host(host, port)
 
 
-def _stay_called(host: nn.Module, args: tuple) -> None:
+def stay_called(host: nn.Module, args: tuple) -> None:
     """Does nothing: torch's fused encoder layer bypasses its children unless one of them has a hook."""
 
 
@@ -152,7 +156,7 @@ def detach(host: nn.Module, name: str) -> None:
     port.on = {parameter: by_name for parameter, by_name in port.on.items() if by_name}
     port.state.renew()
     if not port.around:
-        for key in [key for key, hook in host._forward_pre_hooks.items() if hook is _stay_called]:
+        for key in [key for key, hook in host._forward_pre_hooks.items() if hook is stay_called]:
             del host._forward_pre_hooks[key]
     if port.around or port.on:
         become_host(host, port)

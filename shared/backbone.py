@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from shared.context import Context
 from shared.errors import RequestError
+from shared.host import shown
 from shared.sites import Sites
 
 
@@ -52,7 +53,8 @@ class Backbone(nn.Module):
 
 
 class Embedded(NamedTuple):
-    """Tokens before the first block: (B, prefix + h*w, C), their grid (h, w), and what every block is also given."""
+    """Tokens before the first block: (B, prefix + h*w, C), their grid (h, w), and what every block is also given, which
+    follows from the size of the images alone."""
 
     tokens: Tensor
     grid: tuple[int, int]
@@ -92,14 +94,28 @@ class TokenBackbone(Backbone):
 
     def forward(self, image: Tensor) -> Features:
         """image (B, bands, H, W) to feature maps (B, width, h, w) at ``depths`` and a summary (B, width)."""
-        tokens, grid, extras = self.embed(image)
+        cached = vars(self.context).get("cached")
+        return self.onward(self.embed(image)) if cached is None else cached(image)
+
+    def onward(
+        self, embedded: Embedded, start: int = 0, outputs: Mapping[int, Tensor] = {}, *, maps: bool = True
+    ) -> Features:
+        """The blocks from ``start`` on, and what comes of their tokens.
+
+        embedded: what goes into block ``start``.  outputs: of blocks before it, by depth, for feature maps and for
+        adapters that read them; that of block ``start - 1`` at least.  maps: whether anybody reads the maps.
+        """
+        tokens, grid, extras = embedded
         self.context.grid = grid
-        maps = []
+        found = []
         for depth, block in enumerate(self.blocks):
-            tokens = block(tokens, **extras)
-            if depth in self.depths:
-                maps.append(self._as_map(self.final(tokens) if self.normed else tokens, grid))
-        return Features(tuple(maps), self.summarise(tokens))
+            if depth >= start:
+                tokens = block(tokens, **extras)
+            elif depth in outputs:
+                tokens = shown(block, outputs[depth])
+            if maps and depth in self.depths and (depth >= start or depth in outputs):
+                found.append(self._as_map(self.final(tokens) if self.normed else tokens, grid))
+        return Features(tuple(found), self.summarise(tokens))
 
     def _as_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         return tokens[:, self.prefix :].transpose(1, 2).unflatten(2, grid)

@@ -175,6 +175,12 @@ class Port:
         return run(*args, **kwargs)
 
 
+def shown(module: nn.Module, output: Tensor) -> Tensor:
+    """Let a host's active adapters, which only read (``Adapter.observes``), see what it gave before; it is not run."""
+    port = module.__dict__.get("_port")
+    return output if port is None else port.call(module, lambda host: output, (), {})
+
+
 def _infers(state: State) -> bool:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, Sampler
 
+from shared.cache import Cache
 from shared.errors import RequestError
 from shared.training.feed import batches_of, rebuilt
 
@@ -69,7 +70,8 @@ def predict(task: Task, data: Any, engine: Engine, output: Path) -> dict[str, An
 
 
 def plan(task: Task, data: Any, engine: Engine, output: Path) -> Plan:
-    """Train ``TRIED`` batches through ``fit`` on a copy of ``task``, which shares the frozen weights.
+    """Train ``TRIED`` batches through ``fit`` on a copy of ``task``, which shares the frozen weights; twice where there
+    is a cache, which holds them then.
 
     Task, loaders and the global random states stay as they are, bit for bit; what a data set draws from a generator of
     its own does not. Works in a folder below ``output``, which it removes. Batches are taken to differ in content
@@ -83,10 +85,12 @@ def plan(task: Task, data: Any, engine: Engine, output: Path) -> Plan:
 
     if engine.processes > 1:
         raise RequestError("costs are predicted for one process")
-    began, folder, watch = time.perf_counter(), output / ".plan", _Watch()
+    passes, cache = (1, None) if engine.cache is None else (2, {**engine.cache, "views": 1})
+    began, folder, watch = time.perf_counter(), output / ".plan", _Watch(passes)
     short = replace(
-        engine, epochs=1, steps=None, patience=None, check_every=1, save_every=None, monitor="train/loss"
-    )  # a metric may be undefined on so few samples
+        engine, epochs=passes, steps=None, patience=None, check_every=1, save_every=None, cache=cache,
+        monitor="train/loss",  # a metric may be undefined on so few samples
+    )  # fmt: skip
     with isolate_rng(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # no progress bar either
         warnings.simplefilter("ignore")
         train, validation = data.train(), data.validation()
@@ -137,12 +141,16 @@ class _First(Sampler):
         self.batches: Any = copy.deepcopy(batches_of(loader), {id(loader.dataset): loader.dataset})
         self.sampler = getattr(self.batches, "sampler", self.batches)  # the engine seeds it
         self.count = min(count, len(self.batches))
+        self.drawn: list[Any] | None = None
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(self.batches, self.count)
+        """The same in every epoch."""
+        if self.drawn is None:
+            self.drawn = list(islice(self.batches, self.count))
+        return iter(self.drawn)
 
 
 def _first(loader: DataLoader, count: int) -> Any:
@@ -151,16 +159,18 @@ def _first(loader: DataLoader, count: int) -> Any:
 
 
 class _Watch(Callback):
-    """Takes the times of a short training of one epoch that ends with a check.
+    """Takes the times of a short training of ``passes`` epochs over the same batches, each of which ends with a check.
 
-    steps, waits: seconds of each training batch, and between it and the one before.  ends: moments at which validation
-    batches were done.  after: seconds from the last training batch to the end, its check included.
+    steps, waits: seconds of each training batch, and between it and the one before.  checks: of each check, moments at
+    which validation batches were done, that of its beginning first.  after: seconds from the last training batch to
+    the end, its check included.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, passes: int = 1) -> None:
+        self.passes = passes
         self.steps: list[float] = []
         self.waits: list[float] = []
-        self.ends: list[float] = []
+        self.checks: list[list[float]] = []
         self.after, self.trainable, self.on_gpu = 0.0, 0, False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -178,20 +188,23 @@ class _Watch(Callback):
         self.steps.append(now - self.mark)
         self.mark = now
 
+    def on_validation_start(self, *args: Any) -> None:
+        self.checks.append([])
+
     def on_validation_batch_start(self, *args: Any) -> None:
-        if not self.ends:
-            self.ends.append(time.perf_counter())
+        if not self.checks[-1]:
+            self.checks[-1].append(time.perf_counter())
 
     def on_validation_batch_end(self, *args: Any) -> None:
-        self.ends.append(time.perf_counter())
+        self.checks[-1].append(time.perf_counter())
 
     def on_train_end(self, *args: Any) -> None:
         self.after = time.perf_counter() - self.mark
 
     @property
     def step(self) -> float:
-        """The median time of a batch but the first."""
-        return statistics.median(self.steps[1:] or self.steps)
+        """The median time of a batch, of the last pass; the very first batch is left out."""
+        return statistics.median(self.steps[-(len(self.steps) // self.passes) :][self.passes == 1 :] or self.steps)
 
     @property
     def wait(self) -> float:
@@ -201,11 +214,22 @@ class _Watch(Callback):
     def training(self, engine: Engine, batches: int, validation: int) -> float:
         """Seconds of a training by ``engine`` with so many batches in an epoch and in a check."""
         total = engine.epochs * batches if engine.epochs else engine.total_steps(batches) * engine.accumulate
-        check = self.after + (self.ends[-1] - self.ends[-2]) * (validation - (len(self.ends) - 1))
+        last = self.checks[-1]
+        check = self.after + (last[-1] - last[-2]) * (validation - (len(last) - 1))
         # The first wait starts the loader; what else is slow the first time is so in this trial alone.
         return (
             self.waits[0]
             + (total - 1) * self.wait
             + total * self.step
             + math.ceil(total / (engine.check_every * batches)) * check
+            + self._filling(min(total, batches * Cache.of(engine.cache or {}).views), validation)
         )
+
+    def _filling(self, batches: int, validation: int) -> float:
+        """What so many training batches and a first check take longer because the cache has not got them."""
+        if self.passes == 1:
+            return 0.0
+        first, last = self.checks[0], self.checks[-1]
+        new = statistics.median(self.steps[1 : len(self.steps) // self.passes] or self.steps[:1])
+        slower = (first[-1] - first[-2]) - (last[-1] - last[-2])
+        return max(0.0, batches * (new - self.step)) + max(0.0, slower * validation)

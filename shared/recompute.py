@@ -3,7 +3,8 @@
 Recomputing runs a block's forward a second time in backward, with what its first run found: the call's context, the
 active adapters, what adapters hold beside their tensors (such as the experts drawn for a pass), random numbers,
 precision and codes. So gradients are those of keeping everything, bit for bit but where that saves a layer's input by
-making it again (``shared.sources``), and what adapters note down while they run is noted once. Torch's non-reentrant form is used, which does not ask that a block's input takes gradients.
+making it again (``shared.sources``), and what adapters note down while they run is noted once. Torch's non-reentrant
+form is used, which does not ask that a block's input takes gradients.
 """
 
 from __future__ import annotations

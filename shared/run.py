@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 RECIPE, ADAPTER, METRICS, CURVES, LOG, PAGE = (
     "recipe.yaml", "adapter.safetensors", "metrics.json", "metrics.csv", "log.txt", "report.html",
 )  # fmt: skip
-_SAME = ("device", "devices", "nodes", "strategy", "save_every", "recompute", "offload")  # no other result
+_SAME = (  # settings of the trainer that make no other result
+    "device", "devices", "nodes", "strategy", "save_every", "recompute", "offload", "cache.folder", "cache.gigabytes",
+)  # fmt: skip
 _log = logging.getLogger("omniadapt")
 
 
@@ -42,6 +44,7 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, data: Any = None)
     and WorkError as the parts do.
     """
     from shared.plan import predict
+    from shared.training.caching import cacheable
     from shared.training.engine import available, fit
 
     engine = recipe.build("trainer")
@@ -53,6 +56,7 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, data: Any = None)
     # Everything is built and all data read once before the directory exists: a wrong request leaves nothing behind.
     data = recipe.build("data") if data is None else data
     task = task_of(recipe, data)
+    cacheable(task, engine)
     described, parameters = data.describe(), task.model.count()
     for split in (data.train, data.validation, data.test):
         split()  # a split that cannot be had is refused now

@@ -21,6 +21,8 @@ class LinearHead(nn.Module):
     summary_width: channels of the backbone's summary.  classes: number of classes.
     """
 
+    summary_only = True  # it reads no feature maps: a cache need not keep any (see shared.cache)
+
     def __init__(
         self, summary_width: int, classes: int, *, norm: Literal["batch", "layer"] | None = None, dropout: float = 0.0
     ):

@@ -110,6 +110,8 @@ class CrossAttention(nn.Module):
 class Perceive(Adapter):
     """Around the whole model: the side network sees the raw image, once, before the backbone does."""
 
+    observes = True
+
     def __init__(self, cnn: SpatialPerception):
         super().__init__()
         self.cnn = cnn

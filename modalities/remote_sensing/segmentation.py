@@ -68,6 +68,10 @@ class Segmentation(Task):
     def adds_up(self) -> bool:
         return getattr(self.head, "adds_up", False)
 
+    @property
+    def redraws(self) -> str:
+        return "set task.exposure to 0" if self.exposure else ""
+
     def evaluate(self, batch: dict[str, Any]) -> None:
         self.score(batch, self.confusion, self.mean_loss)
 

@@ -111,6 +111,8 @@ class Rung(Adapter):
     first: s starts there, at zero.
     """
 
+    observes = True
+
     def __init__(self, width: int, narrow: int, *, first: bool):
         super().__init__()
         self.first = first

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from shared.cache import Cache
 from shared.dropping import dropping
 from shared.errors import RequestError
 from shared.half import halve
 from shared.memory import Saving
 from shared.recompute import blocks
 from shared.training import processes
+from shared.training.caching import cacheable, through_cache
 from shared.training.quiet import quiet
 
 if TYPE_CHECKING:
@@ -51,6 +53,9 @@ class Engine:
     backward and run each block again (gradient checkpointing), the gradients are the same.  saved_bits:
     keep activations as codes of 1, 2, 4 or 8 bits (``shared.memory``), the forward pass stays exact; saved_attention:
     those of fused attention too.  offload: keep a GPU's activations in main memory.
+    cache: keep what is frozen below the lowest adapter, so that it runs once for each image: the settings of
+    ``shared.cache.Cache`` (precision, views, gigabytes, folder), {} for its defaults, None for no cache. Training and
+    checks go through it; the test runs the whole model, as it will be used.
     """
 
     epochs: int | None = None
@@ -72,8 +77,11 @@ class Engine:
     saved_bits: int | None = None
     saved_attention: bool = False
     offload: bool = False
+    cache: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.cache is not None:
+            Cache.of(self.cache)
         if (self.epochs is None) == (self.steps is None):
             raise RequestError("trainer: give either epochs or steps")
         for key in (
@@ -102,6 +110,8 @@ class Engine:
             raise RequestError("trainer.frozen 'bfloat16', recompute and offload do not go with 'fsdp': use 'ddp'")
         if self.saved_attention and self.saved_bits is None:
             raise RequestError("trainer.saved_attention: give saved_bits too")
+        if self.strategy == "fsdp" and self.cache is not None:
+            raise RequestError("trainer.cache: under 'fsdp' every process has to run every block: use 'ddp'")
 
     @property
     def processes(self) -> int:
@@ -140,8 +150,8 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
     training batches, of the time of that and of steps), ``train_seconds``, ``peak_memory_bytes`` (of the GPU's tensors;
     of the process elsewhere). The model holds its best state afterwards.
 
-    Raises RequestError where there is a run to overwrite, or no data; WorkError where the loss is not finite or a
-    trainable tensor gets no gradient.
+    Raises RequestError where there is a run to overwrite, no data, or nothing to cache; WorkError where the loss is not
+    finite or a trainable tensor gets no gradient.
     """
     from shared.training.callbacks import Checkpoints, Cost, End, Order
     from shared.training.feed import Feed, check
@@ -149,6 +159,7 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
 
     available(engine)
     engine.economise(task.model)
+    cacheable(task, engine)
     folder = Path(output) / "checkpoints"
     state = _state(folder / "last.ckpt", resume)
     loaders = {split: getattr(data, split)() for split in ("train", "validation", "test")}
@@ -167,11 +178,12 @@ def fit(task: Task, data: Any, engine: Engine, output: Path, resume: bool = Fals
         log = MetricsFile(Path(output) / "metrics.csv", keep=state["global_step"] if state else None)
         callbacks = [checkpoints, order, End(total, batches), cost, *_optional(engine, monitor)]
         trainer = _trainer(engine, task, batches, total, log, callbacks)
-        feed = Feed(loaders, order)
         task.total_steps = total
         task.train()
-        with dropping(task.model, engine.adapter_drop):
+        with dropping(task.model, engine.adapter_drop), through_cache(task, engine) as cache:
+            feed = Feed(loaders, order, cache)
             trainer.fit(task, datamodule=feed, ckpt_path=folder / "last.ckpt" if state else None, weights_only=True)
+        feed.cache = None
         task.load_state_dict(read_checkpoint(Path(output) / BEST)["state_dict"])
         trainer.test(task, datamodule=feed, verbose=False)
     reached = {"epochs": trainer.current_epoch, "steps": trainer.global_step}

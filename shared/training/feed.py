@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
 from shared.errors import RequestError
+from shared.training.order import EpochSampler
 
 ORDER, SAMPLE, STEP, EVALUATION, PREPARE = range(5)  # what random numbers are for: each purpose has seeds of its own
 
@@ -60,11 +62,14 @@ class Shares(Sampler):
     ``rank`` takes every ``world``-th sample of a batch; of one with fewer samples than processes, those left without
     take the first, at weight 0.
 
+    views: how many augmentations a sample has, which take turns by epoch; None: every epoch draws its own.
+
     weights: of the shares handed out in this epoch, by batch: share of the samples times ``world``. Averaged over
     processes, losses times weights are the loss of the whole batch.
     """
 
-    def __init__(self, loader: DataLoader, order: Any, loop: Any, rank: int, world: int):
+    def __init__(self, loader: DataLoader, order: Any, loop: Any, rank: int, world: int, views: int | None = None):
+        self.views = views
         self.batches: Any = batches_of(loader)
         self.order, self.loop, self.whole = order, loop, loader.batch_sampler is None
         self.rank, self.world = rank, world
@@ -95,7 +100,17 @@ class Shares(Sampler):
             size = _size(batch)
             places = range(size)[self.rank :: self.world]
             self.weights.append(len(places) * self.world / size)
-            yield _keyed(batch, places or [0], self.whole, seed, SAMPLE, epoch, number)
+            if self.views and not self.whole and isinstance(batch, (list, tuple)):
+                yield [self._viewed(batch[place], seed, epoch % self.views) for place in places or [0]]
+            else:
+                yield _keyed(batch, places or [0], self.whole, seed, SAMPLE, epoch, number)
+
+    def _viewed(self, index: Any, seed: int, view: int) -> Key:
+        """A sample in one of its augmentations, whatever the epoch and its place in it."""
+        ordered = next((sampler for sampler in self.samplers if isinstance(sampler, EpochSampler)), None)
+        sample = index if ordered is None else index % ordered.length
+        drawn = _hash(seed, SAMPLE, view, zlib.crc32(repr(sample).encode()))
+        return Key(sample if ordered is None else view * ordered.length + sample, drawn)
 
 
 class Turns(Sampler):
@@ -153,11 +168,14 @@ class Timed(DataLoader):
 
 
 class Feed(LightningDataModule):
-    """Hands the loaders to Lightning, seeded: training in shares, evaluation in turns."""
+    """Hands the loaders to Lightning, seeded: training in shares, evaluation in turns.
 
-    def __init__(self, loaders: dict[str, DataLoader], order: Any):
+    cache: of the model that is fed (``shared.cache.FrozenPrefix``); it is shown each batch one ahead.
+    """
+
+    def __init__(self, loaders: dict[str, DataLoader], order: Any, cache: Any = None):
         super().__init__()
-        self.loaders, self.order = loaders, order
+        self.loaders, self.order, self.cache = loaders, order, cache
         self.training: Timed | None = None
         self.shares: Shares | None = None
         self.turns: dict[str, Turns] = {}
@@ -165,8 +183,8 @@ class Feed(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         loader, trainer = self.loaders["train"], self.trainer
         assert trainer is not None
-        self.shares = Shares(loader, self.order, trainer.fit_loop, trainer.global_rank, trainer.world_size)
-        self.training = rebuilt(loader, Seeded(loader.dataset), self.shares)
+        self.shares = Shares(loader, self.order, trainer.fit_loop, trainer.global_rank, trainer.world_size, self._views)
+        self.training = rebuilt(loader, Seeded(loader.dataset), self.shares, self._expect)
         return self.training
 
     def val_dataloader(self) -> DataLoader:
@@ -179,7 +197,33 @@ class Feed(LightningDataModule):
         loader, trainer = self.loaders[split], self.trainer
         assert trainer is not None
         self.turns[split] = Turns(loader, self.order, trainer.global_rank, trainer.world_size)
-        return rebuilt(loader, Seeded(loader.dataset), self.turns[split])
+        return rebuilt(loader, Seeded(loader.dataset), self.turns[split], self._expect)
+
+    @property
+    def _views(self) -> int | None:
+        return None if self.cache is None else self.cache.settings.views
+
+    @property
+    def _expect(self) -> Callable[[Any], None] | None:
+        return None if self.cache is None else self.cache.expect
+
+
+class Ahead(Timed):
+    """A loader that shows each batch to ``expect`` while the one before it is worked on."""
+
+    expect: Callable[[Any], None]
+
+    def __iter__(self) -> Any:
+        return self._ahead(super().__iter__())
+
+    def _ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
+        held = []
+        for batch in batches:
+            self.expect(batch)
+            held.append(batch)
+            if len(held) == 2:
+                yield held.pop(0)
+        yield from held
 
 
 def batches_of(loader: DataLoader) -> Any:
@@ -217,10 +261,12 @@ def check(loaders: dict[str, DataLoader], world: int) -> None:
         raise RequestError("the train loader gives whole batches, which cannot be divided among processes: use one")
 
 
-def rebuilt(loader: DataLoader, dataset: Dataset, batches: Sampler) -> Timed:
-    """The loader with another data set and other batches of its indices."""
+def rebuilt(
+    loader: DataLoader, dataset: Dataset, batches: Sampler, expect: Callable[[Any], None] | None = None
+) -> Timed:
+    """The loader with another data set and other batches of its indices; ``expect`` is shown each batch one ahead."""
     order = {"batch_size": None, "sampler": batches} if loader.batch_sampler is None else {"batch_sampler": batches}
-    return Timed(
+    made = (Timed if expect is None else Ahead)(
         dataset,
         **order,  # type: ignore[arg-type]
         num_workers=loader.num_workers,
@@ -233,3 +279,6 @@ def rebuilt(loader: DataLoader, dataset: Dataset, batches: Sampler) -> Timed:
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
     )
+    if isinstance(made, Ahead) and expect is not None:
+        made.expect = expect
+    return made

@@ -68,6 +68,11 @@ class Task(LightningModule):
         means over samples, made from sums of ``processes.total``, to which a share of weight 0 adds nothing."""
         return False
 
+    @property
+    def redraws(self) -> str:
+        """Where the task itself changes training images at random in each step: how to stop it. Else empty."""
+        return ""
+
     def evaluate(self, batch: Any) -> None:
         """Add a batch to the metrics."""
         raise NotImplementedError

@@ -142,10 +142,10 @@ def test_what_is_predicted_is_what_is_measured(tmp_path, engine, batches, checks
 
 def test_the_parts_of_a_training_add_up():
     watch = plan._Watch()
-    watch.steps, watch.waits, watch.ends, watch.after = (
+    watch.steps, watch.waits, watch.checks, watch.after = (
         [9.0, 1.0, 1.0, 1.5],
         [5.0, 0.5, 0.5, 0.5],
-        [20.0, 22.0, 23.0],
+        [[20.0, 22.0, 23.0]],
         4.0,
     )
     engine = Engine(epochs=3, check_every=2)

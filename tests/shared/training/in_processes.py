@@ -17,6 +17,7 @@ from shared.errors import RequestError, WorkError
 from shared.methods import LoRA
 from shared.sites import Site, Sites, describe
 from shared.training import Engine, Optimiser, fit, processes
+from tests.shared.cache.training import in_two
 from tests.shared.training.everything import everything
 from tests.shared.training.problem import Data, Head, Line
 from tests.shared.training.test_fit import Interrupted, interrupt
@@ -85,6 +86,7 @@ def everywhere(folder: Path, small: Path) -> dict[str, Any]:
     found["drawn"] = _drawn(folder / "drawn")
     found["refused"] = _refused(folder)
     run.run(recipe.load(str(small)), folder / "run")
+    in_two(folder / "cached")
     return found
 
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from shared.training.feed import Key, Seeded, Shares, Turns, seed_all
+from shared.training.feed import Ahead, Key, Seeded, Shares, Turns, rebuilt, seed_all
+from shared.training.order import EpochSampler
 
 ORDER = SimpleNamespace(seed=7)
 
@@ -91,3 +92,44 @@ def test_a_sample_draws_by_its_key_alone() -> None:
     assert dataset[Key(3, 5)] == first
     again = dataset[Key(3, 6)]
     assert all(a != b for a, b in zip(first[1:], again[1:], strict=True))
+
+
+def viewed(epoch: int, views: int, ordered: bool, rank: int = 0, world: int = 1) -> list[Key]:
+    """The keys of an epoch over seven samples."""
+    made = shares(7, rank, world, epoch)
+    if ordered:
+        made = Shares(DataLoader(range(7), 4, sampler=EpochSampler(7, 5)), ORDER, made.loop, rank, world, views)  # type: ignore[arg-type]
+    made.views = views
+    return [key for batch in drawn(made, 0) for key in batch]
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_views_take_turns_wherever_a_sample_falls(ordered: bool) -> None:
+    """Sample and seed are those of its view: the epoch, the place in it and the process change the order alone."""
+    epochs = [viewed(epoch, 3, ordered) for epoch in range(7)]
+    assert sorted(epochs[0]) == sorted(epochs[3]) == sorted(epochs[6])
+    assert epochs[0] != epochs[3]
+    seeds = [{key.seed for key in epoch} for epoch in epochs[:3]]
+    assert [len(each) for each in seeds] == [7, 7, 7]
+    assert len(set().union(*seeds)) == 21
+    assert [sorted(key.index for key in epoch) for epoch in epochs[:3]] == [
+        list(range(ordered * 7 * view, ordered * 7 * view + 7)) for view in range(3)
+    ]
+    halves = [viewed(4, 3, ordered, rank, 2) for rank in range(2)]
+    assert sorted([*halves[0], *halves[1]]) == sorted(epochs[1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("count", [1, 9])
+def test_batches_are_shown_one_ahead_and_given_in_their_order(count: int, workers: int) -> None:
+    shown: list[list[int]] = []
+    plain = DataLoader(range(count), 2, num_workers=workers)  # type: ignore[arg-type]
+    made = rebuilt(plain, plain.dataset, plain.batch_sampler, lambda batch: shown.append(batch.tolist()))  # type: ignore[arg-type]
+    assert isinstance(made, Ahead)
+    for _ in range(2):
+        shown.clear()
+        for number, batch in enumerate(made):
+            assert batch.tolist() == shown[number] == list(range(2 * number, min(2 * number + 2, count)))
+            assert len(shown) == min(number + 2, len(made))
+        assert len(shown) == len(made)
+    assert type(rebuilt(plain, plain.dataset, plain.batch_sampler)) is DataLoader  # type: ignore[arg-type]

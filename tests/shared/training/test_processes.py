@@ -13,6 +13,7 @@ from shared import recipe, run
 from shared.errors import RequestError, WorkError
 from shared.store import read
 from shared.training import Engine, fit, launch
+from tests.shared.cache import training as cached
 from tests.shared.test_run import SMALL
 from tests.shared.training.in_processes import ALONE, CASES, everywhere, fail_in_the_second, line, train
 from tests.shared.training.problem import Data
@@ -87,6 +88,15 @@ def test_a_method_draws_alike_in_every_process_and_the_loss_does_not(found) -> N
     assert all(a[i] != b[i] for a, b in zip(first["loss"], second["loss"], strict=True) for i in range(3))
     names = [name for name in first["state"] if "num_batches" not in name]
     assert [n for n in names if first["state"][n] != second["state"][n]] == []
+
+
+def test_two_processes_share_one_cache(folder: Path, found) -> None:
+    """Each computes its share in the first epoch and finds the other's in the next, in which shares are others."""
+    here = folder / "cached"
+    cached.train(here / "alone", None)
+    check_equal(here / "together", here / "alone")
+    first, second = cached.indices(here)  # two shards, in which hardly an image is twice: a last, shared batch's
+    assert cached.TRAIN + cached.CHECK <= first + second <= cached.TRAIN + cached.CHECK + 3
 
 
 def test_refusals(found, tmp_path: Path) -> None:
