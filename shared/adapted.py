@@ -162,7 +162,7 @@ class Adapted(nn.Module):
             return run_by_rows(self, adapters, args, {**kwargs, "context": context})
         try:
             self.context.__dict__.update(context or {})
-            if self.cache is not None and not torch.compiler.is_compiling():
+            if self.cache is not None and self.state.rows is None and not torch.compiler.is_compiling():
                 self.context.cached = self.cache
             with half.computing(self), keeping(self):
                 output = self.backbone(*args, **kwargs)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from shared.training.feed import Ahead, Key, Seeded, Shares, Turns, rebuilt, seed_all
+from shared.training.feed import Ahead, Key, Seeded, Shares, Timed, Turns, rebuilt, seed_all
 from shared.training.order import EpochSampler
 
 ORDER = SimpleNamespace(seed=7)
@@ -132,4 +132,4 @@ def test_batches_are_shown_one_ahead_and_given_in_their_order(count: int, worker
             assert batch.tolist() == shown[number] == list(range(2 * number, min(2 * number + 2, count)))
             assert len(shown) == min(number + 2, len(made))
         assert len(shown) == len(made)
-    assert type(rebuilt(plain, plain.dataset, plain.batch_sampler)) is DataLoader  # type: ignore[arg-type]
+    assert type(rebuilt(plain, plain.dataset, plain.batch_sampler)) is Timed  # type: ignore[arg-type]
