@@ -12,7 +12,8 @@ import torch
 
 from shared.errors import RequestError, WorkError
 from shared.training import Engine, fit
-from tests.shared.training.problem import Data, line
+from shared.training.optimiser import Optimiser
+from tests.shared.training.problem import Data, Line, line
 
 
 class Interrupted(Exception):
@@ -72,7 +73,9 @@ def test_cost_is_measured(tmp_path: Path) -> None:
 
 
 class Awaited(Data):
-    """Samples that take 20 ms each."""
+    """Samples that take 20 ms each, and steps that take 20 ms, on a clock that nothing else moves."""
+
+    now = 0.0
 
     def train(self):
         loader = super().train()
@@ -80,17 +83,24 @@ class Awaited(Data):
 
         class Late(type(loader.dataset)):
             def __getitem__(self, index: int) -> dict:
-                time.sleep(0.02)
+                Awaited.now += 0.02
                 return plain(index)
 
         loader.dataset.__class__ = Late
         return loader
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_waiting_for_data_is_told(tmp_path: Path, workers: int) -> None:
-    cost = fit(line(), Awaited(workers=workers), Engine(epochs=1), tmp_path)["cost"]
-    assert 0.5 < cost["wait_share"] < 1  # a step takes few milliseconds, four samples 80
+def test_waiting_for_data_is_told(tmp_path: Path, monkeypatch) -> None:
+    class Slow(Line):
+        def loss(self, batch):
+            Awaited.now += 0.02
+            return super().loss(batch)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: Awaited.now)
+    task = Slow(line().model, Optimiser(learning_rate=1e-2))
+    cost = fit(task, Awaited(), Engine(epochs=1), tmp_path)["cost"]
+    assert cost["wait_share"] == pytest.approx(0.8)  # of four samples and a step
+    assert cost["step_seconds"] == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize(
