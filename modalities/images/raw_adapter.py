@@ -7,9 +7,9 @@ Module names are those of the released weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -72,26 +72,32 @@ class Merge(Adapter):
     """After a stage: ``m = conv_1(cat[F, A])``, then ``F + ratio * conv_2(m)``, and ``conv_3(m)`` for the next stage.
 
     features: channels of F.  side: of A.  middle: of m.  last: there is no next one.  layout: of F, BCHW or BHWC.
+    before: it is around the next stage's first block, whose input it merges, instead of the stage's last.
     """
 
-    def __init__(self, features: int, side: int, middle: int, *, ratio: float, last: bool, layout: str):
+    def __init__(
+        self, features: int, side: int, middle: int, *, ratio: float, last: bool, layout: str, before: bool = False
+    ):
         super().__init__()
-        self.ratio, self.channels_last = ratio, layout == "BHWC"
+        self.ratio, self.channels_last, self.before = ratio, layout == "BHWC", before
         self.conv_1 = nn.Conv2d(features + side, middle, 1, bias=False)
         self.conv_2 = nn.Conv2d(middle, features, 1, bias=False)
         self.conv_3 = None if last else nn.Conv2d(middle, 2 * side, 3, 2, 1, bias=False)
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        output = base(*args, **kwargs)
-        features = output.permute(0, 3, 1, 2) if self.channels_last else output
+        if self.before:
+            return base(self._merged(args[0]), *args[1:], **kwargs)
+        return self._merged(base(*args, **kwargs))
+
+    def _merged(self, features: Tensor) -> Tensor:
+        features = features.permute(0, 3, 1, 2) if self.channels_last else features
         features, self.context.raw_side = self.merge(features, self.context.raw_side)
         return features.permute(0, 2, 3, 1) if self.channels_last else features
 
     def merge(self, features: Tensor, side: Tensor) -> tuple[Tensor, Tensor | None]:
         """features (B, C, h, w) merged, and side (B, a, h, w) at half the sides; None after the last merge."""
         if features.shape[2:] != side.shape[2:]:
-            grids = (f"{grid[0]} x {grid[1]}" for grid in (features.shape[2:], side.shape[2:]))
-            have, want = grids
+            have, want = (f"{height} x {width}" for height, width in (features.shape[2:], side.shape[2:]))
             raise RequestError(
                 f"RAWAdapter: a stage's grid is {have}, the side features' {want}: it takes strides of 4, 8 and 16 and "
                 "images whose sides are multiples of 32, or grids that are rounded up"
@@ -105,8 +111,7 @@ class Merge(Adapter):
 class RAWAdapter(Method):
     """The published system, on any network of four stages at strides 4, 8, 16 and 32. Not the identity at the start.
 
-    Its input is a demosaiced RAW image, linear, in values from 0 to 1. A merged stage output is both the next stage's
-    input and a map that the head sees, as in the published ResNets.
+    Its input is a demosaiced RAW image, linear, in values from 0 to 1.
 
     width: channels of the first side features, doubled from stage to stage (paper: 24 on ResNet-50, 12 on ResNet-18, 16
     on MiT-B3 and B5, 8 on MiT-B0).  middle: of each merge (paper: 64, 64, 128 on ResNet-50).  kernel: side of the blur
@@ -115,6 +120,8 @@ class RAWAdapter(Method):
     models of detection mean 3: their configurations pass the mode as a dict, which the code takes for "not low". Low
     light on ADE20K has 3, trained; in the detection code's own low mode it is 3, fixed.
     ratio: of what a merge adds (paper: 1).  predictor: width of the attention predictors (paper: 64).
+    head_sees: the maps of stages "merged", as in the published ResNets, or "plain", as in the published MiTs, where the
+    next stage alone sees what is merged; that takes a network whose stages begin with their downsampling.
     freeze_backbone: the adapter alone trains; off, all weights do, as published.
     """
 
@@ -135,6 +142,7 @@ class RAWAdapter(Method):
     train_gain: bool = True
     ratio: float = 1.0
     predictor: int = 64
+    head_sees: Literal["merged", "plain"] = "merged"
     freeze_backbone: bool = True
 
     def __post_init__(self) -> None:
@@ -157,18 +165,24 @@ class RAWAdapter(Method):
         return False
 
     def sites(self, sites: Sites) -> Sites:
-        """The network and the last block of each of its first three stages."""
-        last: dict[str, Site] = {}
+        """The network, and of its first three stages the last block, or the next one's first, with their width."""
+        stages: dict[str, list[Site]] = {}
         for site in sites:
-            if site.role == "block" and site.tags and site.tags[0] in ("stage0", "stage1", "stage2"):
-                last[site.tags[0]] = site
-        if len(last) < MERGED:
-            raise RequestError(f"RAWAdapter needs a network of stages (ResNet, LowFormer, EfficientMod); "
-                               f"{sites.owner} has {len(last)} of the 3 it merges")  # fmt: skip
+            if site.role == "block" and site.tags and site.tags[0].startswith("stage"):
+                stages.setdefault(site.tags[0], []).append(site)
+        if len(stages) < MERGED + (self.head_sees == "plain"):
+            raise RequestError(f"RAWAdapter needs a network of 4 stages (ResNet, LowFormer, EfficientMod); "
+                               f"{sites.owner} has {len(stages)}")  # fmt: skip
         (whole,) = sites.select("model")
         if whole.width != 3:
-            raise RequestError(f"RAWAdapter takes images of 3 bands (demosaiced RAW); {sites.owner} takes {whole.width}")
-        return Sites([whole, *(last[f"stage{s}"] for s in range(MERGED))], sites.owner)
+            raise RequestError(
+                f"RAWAdapter takes images of 3 bands (demosaiced RAW); {sites.owner} takes {whole.width}"
+            )
+        chosen = [stages[f"stage{s}"][-1] for s in range(MERGED)]
+        if self.head_sees == "plain":
+            after = [stages[f"stage{s + 1}"][0] for s in range(MERGED)]
+            chosen = [replace(a, width=c.width, tags=c.tags) for a, c in zip(after, chosen, strict=True)]
+        return Sites([whole, *chosen], sites.owner)
 
     def build_all(self, sites: Sites) -> dict[str, Adapter | WeightAdapter]:
         whole, *stages = sites
@@ -179,7 +193,10 @@ class RAWAdapter(Method):
         }
         for s, (site, middle) in enumerate(zip(stages, self.middle, strict=True)):
             side, last = self.width * 2**s, s == MERGED - 1
-            built[site.key] = Merge(site.width, side, middle, ratio=self.ratio, last=last, layout=site.layout)
+            built[site.key] = Merge(
+                site.width, side, middle, ratio=self.ratio, last=last, layout=site.layout,
+                before=self.head_sees == "plain",
+            )  # fmt: skip
         return built
 
 

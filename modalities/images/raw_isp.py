@@ -154,10 +154,14 @@ def white_balance(image: Tensor, rho: Tensor) -> Tensor:
 
     image: above 0.
     """
-    power = image ** rho.view(-1, 1, 1, 1)
-    inverse = 1 / rho[:, None]
-    bands, whole = power.mean((2, 3)) ** inverse, power.mean((1, 2, 3))[:, None] ** inverse
-    return image / (bands / whole)[:, :, None, None]
+    bands, whole = _power_mean(image, rho, (2, 3)), _power_mean(image, rho, (1, 2, 3))
+    return image / (bands / whole)
+
+
+def _power_mean(image: Tensor, rho: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Over these axes, which are kept; of numbers up to 1, as high powers of dark pixels would vanish."""
+    rho, greatest = rho.view(-1, 1, 1, 1), image.detach().amax(dims, keepdim=True)
+    return greatest * ((image / greatest) ** rho).mean(dims, keepdim=True) ** (1 / rho)
 
 
 def colour(image: Tensor, matrix: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
-"""Labelled images for classification, read from folders or a table, or generated; and how an image is read."""
+"""Labelled images and camera RAW for classification, from folders or a table, or generated; how a file is read."""
 
 from modalities.images.data.classified import ClassifiedImages as ClassifiedImages
 from modalities.images.data.files import SUFFIXES as SUFFIXES
 from modalities.images.data.files import read_image as read_image
 from modalities.images.data.folders import ImageFolders as ImageFolders
 from modalities.images.data.generated import GeneratedImages as GeneratedImages
+from modalities.images.data.raw import Sensor as Sensor
+from modalities.images.data.raw_images import GeneratedMosaics as GeneratedMosaics
+from modalities.images.data.raw_images import RawFolders as RawFolders
 from modalities.images.data.samples import Preparation as Preparation
 from modalities.images.data.statistics import Moments as Moments
 from modalities.images.data.statistics import Normalisation as Normalisation
