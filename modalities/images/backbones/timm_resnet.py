@@ -98,7 +98,8 @@ def _create(name: str, bands: int, model_args: dict[str, Any]) -> Any:
     if taken := [key for key in model_args if key in ("in_chans", "num_classes", "pretrained", "output_stride")]:
         raise RequestError(f"{name}: model_args {taken}: use the arguments bands and weights; strides are fixed")
     try:
-        return timm.create_model(name, in_chans=bands, num_classes=0, **model_args)
+        # timm starts the last norm of each branch at zero: frozen, such a random network would never use its branches.
+        return timm.create_model(name, in_chans=bands, num_classes=0, **{"zero_init_last": False, **model_args})
     except (TypeError, AssertionError, ValueError, IndexError, RuntimeError) as error:
         raise RequestError(f"{name}: timm refuses {model_args}: {error}") from error
 

@@ -194,10 +194,9 @@ def _container(file: Path) -> Mosaic:
         line = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else str(error)
         raise RequestError(f"{file}: not a readable RAW file, or truncated ({line})") from error
     pattern = "" if tile is None else "".join(names[i] for i in np.ravel(tile))
-    if pixels is None or pixels.ndim != 2 or pattern not in PATTERNS:
-        raise RequestError(
-            f"{file}: its sensor's pattern {pattern or '(none)'} is no Bayer mosaic of red, green and blue"
-        )
+    if tile is None or pixels is None or pixels.ndim != 2 or pattern not in PATTERNS:
+        what = f"its sensor's pattern {pattern or '(none)'} is no Bayer mosaic of red, green and blue"
+        raise RequestError(f"{file}: {what}")
     rows, columns = (side // 2 * 2 for side in pixels.shape)
     levels = np.array([[black[i] for i in row] for row in tile], np.float64)
     # Cameras store numbers beyond the level LibRaw knows as their white: they are saturated.

@@ -14,7 +14,7 @@ from torch import Tensor
 from modalities.images.data.classified import ClassifiedImages
 from modalities.images.data.generated import CLASSES, draw_image
 from modalities.images.data.listing import class_names, index_of, listed
-from modalities.images.data.raw import RAW_SUFFIXES, Demosaic, Sensor, demosaic, linear, mosaiced
+from modalities.images.data.raw import RAW_SUFFIXES, Sensor, demosaic, linear, mosaiced
 from modalities.images.data.samples import Flip, Preparation, Source
 from modalities.images.data.splits import draw
 from shared.errors import RequestError
@@ -74,7 +74,7 @@ class RawFolders(RawImages):
         black: float = 0.0,
         white: float | None = None,
         shape: tuple[int, int] | None = None,
-        demosaic: Demosaic = "half",
+        demosaic: Literal["half", "bilinear"] = "half",
         validation: float | Literal["train"] = 0.2,
         test: float | Literal["rest"] = 0.2,
         per_class: int | None = None,
@@ -127,7 +127,7 @@ class GeneratedMosaics(RawImages):
         pattern: Literal["RGGB", "GRBG", "GBRG", "BGGR"] = "RGGB",
         bits: int = 12,
         black: float = 64.0,
-        demosaic: Demosaic = "half",
+        demosaic: Literal["half", "bilinear"] = "half",
         validation: float | Literal["train"] = 0.2,
         test: float | Literal["rest"] = 0.2,
         per_class: int | None = None,

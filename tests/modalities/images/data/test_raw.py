@@ -172,7 +172,8 @@ def dng(pixels: np.ndarray, pattern: str, black: int, white: int) -> bytes:
     tags = [
         (254, 4, [0]), (256, 4, [width]), (257, 4, [height]), (258, 3, [16]), (259, 3, [1]), (262, 3, [32803]),
         (271, 2, b"Maker\0"), (272, 2, b"Model\0"), (273, 4, [0]), (274, 3, [1]), (277, 3, [1]), (278, 4, [height]),
-        (279, 4, [pixels.nbytes]), (284, 3, [1]), (33421, 3, [2, 2]), (33422, 1, bytes("RGB".index(c) for c in pattern)),
+        (279, 4, [pixels.nbytes]), (284, 3, [1]), (33421, 3, [2, 2]),
+        (33422, 1, bytes("RGB".index(c) for c in pattern)),
         (50706, 1, bytes([1, 4, 0, 0])), (50708, 2, b"Maker Model\0"), (50714, 3, [black]), (50717, 3, [white]),
         (50721, 10, [*unit, *zero, *zero, *zero, *unit, *zero, *zero, *zero, *unit]),
         (50728, 5, [*unit, *unit, *unit]), (50778, 3, [21]),
