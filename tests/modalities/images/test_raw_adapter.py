@@ -314,8 +314,9 @@ def official(model: Adapted) -> dict[str, Tensor]:
     return state | {"backbone.conv1.weight": torch.zeros(1), "bbox_head.bias": torch.zeros(1)}
 
 
-def test_a_released_checkpoint_loads_by_its_names(tmp_path) -> None:
-    model = small()
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_released_checkpoint_loads_by_its_names(freeze, tmp_path) -> None:
+    model = small(freeze_backbone=freeze)
     state = official(model)
     torch.save({"state_dict": state, "meta": {}}, tmp_path / "raw.pth")
     assert load_official(model, tmp_path / "raw.pth") == ["backbone.conv1.weight", "bbox_head.bias"]
@@ -368,6 +369,9 @@ def test_networks_it_cannot_take() -> None:
                   model_args={"embed_dim": 24, "depth": 2, "num_heads": 2})  # fmt: skip
     with pytest.raises(RequestError, match="needs a network of 4 stages"):
         adapt(vit, RAWAdapter(**SMALL))
+    efficientmod = EfficientMod(3, name="efficientmod_xxs", weights="random", shape={"depths": [1, 1, 1, 1]})
+    with pytest.raises(RequestError, match="a stage's grid is"):  # its downsampling stands between the stages
+        adapt(efficientmod, RAWAdapter(**SMALL, head_sees="plain"))
     four = TimmResNet(4, name="resnet18", weights="random", model_args=SMALL_RESNET)
     with pytest.raises(RequestError, match="takes images of 3 bands"):
         adapt(four, RAWAdapter(**SMALL))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -228,6 +231,24 @@ def test_damaged_containers_are_refused(tmp_path) -> None:
     for part in (b"", b"hello" * 100, whole[:60], whole[:2000], whole[:-500]):
         file.write_bytes(part)
         refused(Sensor(), file, "not a readable RAW file, or truncated")
+
+
+def test_without_the_library_a_container_says_what_to_install(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "rawpy", None)
+    (tmp_path / "a.dng").write_bytes(b"x")
+    with pytest.raises(RequestError, match="pip install 'omniadapt.raw.'"):
+        Sensor().read(tmp_path / "a.dng")
+
+
+@pytest.mark.parametrize("tile", [None, np.arange(36).reshape(6, 6) % 3, np.zeros((2, 2), int)])
+def test_other_sensors_than_bayers_are_refused(tile, tmp_path, monkeypatch) -> None:
+    """Three-layer sensors have no pattern, X-Trans one of 6 x 6, monochrome ones a single colour."""
+    found = SimpleNamespace(raw_pattern=tile, color_desc=b"RGBG", raw_image_visible=np.zeros((12, 12), np.uint16),
+                            black_level_per_channel=[0] * 4, white_level=4095)  # fmt: skip
+    library = SimpleNamespace(imread=lambda _: contextlib.nullcontext(found), LibRawError=OSError)
+    monkeypatch.setitem(sys.modules, "rawpy", library)
+    (tmp_path / "a.raf").write_bytes(b"x")
+    refused(Sensor(), tmp_path / "a.raf", "is no Bayer mosaic of red, green and blue")
 
 
 # -- real files --------------------------------------------------------------------------------------------------------
