@@ -42,7 +42,7 @@ def replay(case: dict[str, np.ndarray], meta: dict) -> dict[str, tuple[Tensor, n
     low = config["mode"] == "low"
     method = RAWAdapter(
         width=config["in_dim"], middle=config["mid_c_s"], kernel=config["k_size"], ratio=config["merge_ratio"],
-        lut=config["lut_dim"] if config["w_lut"] else None, predictor=config["predictor_dim"],
+        lut=config["lut_dim"] if config["w_lut"] else None, predictor=config.get("predictor_dim", 64),
         gain=3.0 if low else 1.0, train_gain=not low,
     )  # fmt: skip
     model = adapt(backbone, method, example=None)
