@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modalities.images.data import SUFFIXES, Preparation, read_image
+from modalities.images.data import Preparation
 from modalities.images.data.listing import images_below
 from shared.errors import RequestError, WorkError
 from shared.store import write_atomically
@@ -34,7 +34,7 @@ def label_files(
     image. A single image that cannot be read raises; of several, the others are written, and a WorkError names those.
     """
     table = output if output.suffix.lower() == ".csv" else output / TABLE
-    files = _files(inputs)
+    files = _files(inputs, preparation.suffixes)
     if output.is_file() and output != table:
         raise RequestError(f"{output}: a table of labels is a .csv file, or goes into a folder")
     if table.exists() and not overwrite:
@@ -57,12 +57,12 @@ def label_files(
         raise WorkError(f"{len(failed)} of {len(files)} images failed: {', '.join(map(str, failed))}")
 
 
-def _files(inputs: Sequence[Path]) -> list[Path]:
+def _files(inputs: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for path in inputs:
-        found = images_below(path) if path.is_dir() else [path]
+        found = images_below(path, suffixes) if path.is_dir() else [path]
         if not found:
-            raise RequestError(f"{path}: holds no image ({', '.join(SUFFIXES)})")
+            raise RequestError(f"{path}: holds no image ({', '.join(suffixes)})")
         files += found
     return list(dict.fromkeys(files))
 
@@ -72,7 +72,7 @@ def _read(
 ) -> Iterator[tuple[Path, Tensor]]:
     for file in files:
         try:
-            yield file, preparation.normalised(preparation.square(read_image(file, bands=preparation.bands)))
+            yield file, preparation.normalised(preparation.square(preparation.read(file)))
         except RequestError as error:
             if alone:
                 raise

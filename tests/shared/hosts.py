@@ -84,6 +84,15 @@ def sam() -> Host:
     return backbone, (torch.randn(3, 3, 40, 64),), backbone.sites()
 
 
+def resnet() -> Host:
+    """Four stages of maps, (B, C, H, W)."""
+    from modalities.images.backbones import TimmResNet
+
+    small = {"layers": (1, 1, 1, 1), "channels": (8, 12, 16, 20)}
+    backbone = TimmResNet(3, name="resnet18", weights="random", model_args=small)
+    return backbone, (torch.rand(3, 3, 64, 64),), backbone.sites()
+
+
 SMALL_TEXT = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -120,6 +129,7 @@ HOSTS: dict[str, Callable[[], Host]] = {
     "vit": vit,
     "clip": clip,
     "sam": sam,
+    "resnet": resnet,
     "attention": attention,
     "encoder": encoder,
     "convolutions": convolutions,

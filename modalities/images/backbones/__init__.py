@@ -1,4 +1,4 @@
-"""Frozen image backbones: timm vision transformers, open_clip towers, LowFormer, EfficientMod, Segment Anything."""
+"""Frozen image backbones: timm's transformers and ResNets, open_clip towers, LowFormer, EfficientMod, SAM."""
 
 from modalities.images.backbones.efficientmod import EfficientMod as EfficientMod
 from modalities.images.backbones.lowformer import LowFormer as LowFormer
@@ -7,4 +7,5 @@ from modalities.images.backbones.sam import SAM as SAM
 from modalities.images.backbones.sam import Masks as Masks
 from modalities.images.backbones.sam import Prompts as Prompts
 from modalities.images.backbones.sam import SAMEncoder as SAMEncoder
+from modalities.images.backbones.timm_resnet import TimmResNet as TimmResNet
 from modalities.images.backbones.timm_vit import TimmViT as TimmViT

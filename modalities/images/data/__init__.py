@@ -1,4 +1,4 @@
-"""Images with a class or a mask each, read from folders or a table, or generated; and how an image is read."""
+"""Images and camera RAW with a class or a mask each, from folders or a table, or generated; how a file is read."""
 
 from modalities.images.data.classified import ClassifiedImages as ClassifiedImages
 from modalities.images.data.files import SUFFIXES as SUFFIXES
@@ -8,6 +8,9 @@ from modalities.images.data.folders import ImageFolders as ImageFolders
 from modalities.images.data.generated import GeneratedImages as GeneratedImages
 from modalities.images.data.generated_shadows import GeneratedShadows as GeneratedShadows
 from modalities.images.data.masked import MaskedImages as MaskedImages
+from modalities.images.data.raw import Sensor as Sensor
+from modalities.images.data.raw_images import GeneratedMosaics as GeneratedMosaics
+from modalities.images.data.raw_images import RawFolders as RawFolders
 from modalities.images.data.samples import Preparation as Preparation
 from modalities.images.data.statistics import Moments as Moments
 from modalities.images.data.statistics import Normalisation as Normalisation

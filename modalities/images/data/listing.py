@@ -21,7 +21,7 @@ class Item(NamedTuple):
     label: str
 
 
-def listed(root: Path) -> list[Item]:
+def listed(root: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Item]:
     """The images of ``root``, by name: ``<class>/**/<image>`` of a folder, the rows of a .csv file.
 
     Hidden files and folders, and files that are no images by their suffix, are passed over. Names are compared in
@@ -29,16 +29,16 @@ def listed(root: Path) -> list[Item]:
 
     Raises RequestError where there is nothing, an image is missing, or a name is not valid UTF-8.
     """
-    items = _rows(root) if root.suffix.lower() == ".csv" else _files(root)
+    items = _rows(root) if root.suffix.lower() == ".csv" else _files(root, suffixes)
     for item in items:
         if not _utf8(item.name):
             raise RequestError(f"{root}: the file name {item.name!a} is not valid UTF-8; rename it")
     return sorted(items)
 
 
-def images_below(folder: Path) -> list[Path]:
+def images_below(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     """The image files of a folder and its subfolders but for hidden ones, by name."""
-    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes and path.is_file()]
     return [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
 
 
@@ -46,7 +46,7 @@ def composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _files(root: Path) -> list[Item]:
+def _files(root: Path, suffixes: Sequence[str]) -> list[Item]:
     if not root.is_dir():
         raise RequestError(f"{root}: wants a folder with one folder for each class, or a .csv file")
     folders = [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
@@ -54,9 +54,9 @@ def _files(root: Path) -> list[Item]:
         raise RequestError(f"{root}: holds no folder; there is to be one for each class, with images in it")
     items = []
     for folder in folders:
-        files = images_below(folder)
+        files = images_below(folder, suffixes)
         if not files:
-            raise RequestError(f"{folder}: holds no image ({', '.join(SUFFIXES)})")
+            raise RequestError(f"{folder}: holds no image ({', '.join(suffixes)})")
         label = composed(folder.name)
         items += [Item(composed(file.relative_to(root).as_posix()), file, label) for file in files]
     return items

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from modalities.images.backbones.inputs import library
+from modalities.images.data.files import SUFFIXES, read_image
+from modalities.images.data.raw import RAW_SUFFIXES, Sensor
 from modalities.images.data.statistics import Normalisation
 from shared.errors import RequestError
 
@@ -25,7 +28,7 @@ class Source(Protocol):
     labels: list[int]
 
     def read(self, index: int) -> np.ndarray:
-        """uint8 (bands, H, W)."""
+        """(bands, H, W) in values from 0 to 255: uint8, or float32 of camera RAW."""
         ...
 
 
@@ -37,6 +40,16 @@ class Preparation:
     size: int
     bands: int
     normalisation: Normalisation
+    sensor: Sensor | None = None  # of camera RAW; None: images as they are commonly stored
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the files it reads."""
+        return SUFFIXES if self.sensor is None else RAW_SUFFIXES
+
+    def read(self, file: Path) -> np.ndarray:
+        """A file as (bands, H, W) in values from 0 to 255, uint8 but for RAW, whose linear values are float32."""
+        return read_image(file, bands=self.bands) if self.sensor is None else 255 * self.sensor.read(file)
 
     @classmethod
     def of(cls, described: Mapping[str, Any]) -> Preparation:
@@ -44,18 +57,19 @@ class Preparation:
         try:
             scale = described["normalisation"]
             normalisation = Normalisation(tuple(scale["mean"]), tuple(scale["std"]))
-            return cls(int(described["size"]), len(described["band_names"]), normalisation)
+            sensor = Sensor(**described["sensor"]) if "sensor" in described else None
+            return cls(int(described["size"]), len(described["band_names"]), normalisation, sensor)
         except (KeyError, TypeError, ValueError) as error:
             raise RequestError(f"the run does not say how its images were prepared ({error} is missing)") from error
 
     def square(self, image: np.ndarray) -> Tensor:
-        """uint8 (bands, H, W) to uint8 (bands, size, size)."""
+        """(bands, H, W) to (bands, size, size), of the same type."""
         functional = library("torchvision.transforms.v2.functional")
         pixels = functional.resize(torch.from_numpy(image), [self.size], antialias=True)
         return functional.center_crop(pixels, [self.size, self.size])
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """uint8 (bands, H, W) to float32."""
+        """(bands, H, W) to float32."""
         return torch.from_numpy(self.normalisation.apply(pixels.numpy()))
 
 
