@@ -1,6 +1,9 @@
 """Frozen image backbones: timm vision transformers, open_clip image towers, LowFormer and EfficientMod."""
 
 from modalities.images.backbones.efficientmod import EfficientMod as EfficientMod
+from modalities.images.backbones.inputs import library as library
+from modalities.images.backbones.inputs import nearest as nearest
 from modalities.images.backbones.lowformer import LowFormer as LowFormer
 from modalities.images.backbones.open_clip_tower import OpenClipTower as OpenClipTower
+from modalities.images.backbones.sites import resblock_sites as resblock_sites
 from modalities.images.backbones.timm_vit import TimmViT as TimmViT

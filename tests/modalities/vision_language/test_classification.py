@@ -1,0 +1,364 @@
+"""ClipClassification: zero-shot as open_clip computes it, few-shot training, prompts, ways between models."""
+
+from __future__ import annotations
+
+import csv
+import json
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from modalities.images.data import GeneratedImages
+from modalities.vision_language.backbones import OpenClip
+from modalities.vision_language.classification import ClipClassification
+from modalities.vision_language.coop import CoOp
+from modalities.vision_language.heads import SimilarityHead, ZeroShotHead, contrastive
+from modalities.vision_language.zero_shot import class_texts, class_weights, classifier, ensembled, similarity_maps
+from shared import Adapted, adapt, cli, run
+from shared.errors import RequestError, WorkError
+from shared.methods import Full, LoRA, Probe
+from shared.training import Engine, Optimiser, fit
+from tests.modalities.vision_language.clips import clip, written
+
+NAMES = ("disc", "stripes", "checks")
+TEMPLATES = ("a photo of a {}.", "a drawing of {}, seen from above", "{}")
+ROLES = ("attention.query", "attention.value", "attention.output", "mlp.up")
+
+
+def images(**changes: Any) -> GeneratedImages:
+    return GeneratedImages(**{"count": 10, "classes": NAMES, "side": 32, "crop": 1.0, "batch_size": 8, **changes})
+
+
+def task(method: Any = None, head: nn.Module | None = None, backbone: Any = None, **options: Any) -> ClipClassification:
+    torch.manual_seed(0)
+    model = adapt(backbone or clip(), method or LoRA(rank=2, roles=ROLES), head=head or SimilarityHead(3))
+    optimiser = options.pop("optimiser", Optimiser(learning_rate=1e-2))
+    return ClipClassification(model, images(), optimiser, **options).eval()
+
+
+def tuned(found: ClipClassification) -> ClipClassification:
+    """As if it had trained."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in found.model.trainable().values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return found
+
+
+# -- zero-shot -----------------------------------------------------------------------------------------------------
+
+
+def test_zero_shot_is_open_clips_own_bit_for_bit(tmp_path):
+    theirs, settings = written(tmp_path)
+    theirs.requires_grad_(False)  # torch multiplies frozen and unfrozen matrices in other orders
+    image = torch.randn(4, 3, 32, 32)
+    tokenizer = lambda texts: open_clip.SimpleTokenizer()(texts, context_length=20)  # noqa: E731
+    with torch.no_grad():
+        weights = open_clip.build_zero_shot_classifier(
+            theirs, tokenizer, list(NAMES), list(TEMPLATES), num_classes_per_batch=None
+        )
+        logits = theirs.logit_scale.exp() * theirs.encode_image(image, normalize=True) @ weights
+    zero = task(Probe(), backbone=OpenClip(3, **settings), templates=TEMPLATES)
+    assert torch.equal(zero.outputs({"image": image}), logits)
+    assert torch.equal(zero.predict(image), logits.softmax(-1))
+    assert torch.equal(classifier(zero.model, NAMES, TEMPLATES), weights.T)
+    linear = task(Probe(), ZeroShotHead(24, 3), OpenClip(3, **settings), templates=TEMPLATES)
+    assert torch.equal(linear.outputs({"image": image}), logits)
+
+
+def test_texts_of_classes():
+    assert class_texts(["a", "b"], ["{}!", "no {}"]) == ["a!", "no a", "b!", "no b"]
+    embedded = nn.functional.normalize(torch.randn(6, 5), dim=-1)
+    expected = nn.functional.normalize(embedded.reshape(2, 3, 5).mean(1), dim=-1)
+    torch.testing.assert_close(class_weights(embedded, 2), expected)
+
+
+@pytest.mark.parametrize(
+    ("names", "templates", "message"),
+    [
+        ([], ["{}"], "no class names"),
+        (["a", " "], ["{}"], "the name of class 1 is empty"),
+        (["sea", "Sea "], ["{}"], "class name 'sea' is given twice"),
+        (["a"], [], "no templates"),
+        (["a"], ["a photo"], "template 'a photo': write {} once"),
+        (["a"], ["{} {}"], "write {} once"),
+        (["word " * 20], ["{}"], "20 tokens, ViT-B-32 takes 18; shorten it"),
+    ],
+)
+def test_names_and_templates_that_make_no_classifier_are_refused(names, templates, message):
+    with pytest.raises(RequestError, match=message):
+        classifier(Adapted(clip()), names, templates)
+
+
+def test_class_names_come_from_the_data_or_as_told():
+    data: Any = images()
+    data.classes = ("river_lake", "aGrass", "sea")
+    model = adapt(clip(), LoRA(rank=2), head=SimilarityHead(3))
+    told = ClipClassification(model, data, Optimiser(), names={"aGrass": "grass"}, templates=("{}",))
+    assert told.names == ("river lake", "grass", "sea")
+    with pytest.raises(RequestError, match="names: 'grass' is no class; there are river_lake"):
+        ClipClassification(model, data, Optimiser(), names={"grass": "x"})
+    with pytest.raises(RequestError, match="class name 'sea' is given twice"):
+        ClipClassification(model, data, Optimiser(), names={"aGrass": "sea"})
+
+
+def test_similarity_maps_are_cosines_of_patches_and_classes():
+    model, image = Adapted(clip()), torch.randn(2, 3, 32, 32)
+    weights = classifier(model, NAMES)
+    found = similarity_maps(model, image, weights)
+    assert found.shape == (2, 3, 4, 4)
+    with torch.no_grad():
+        patches = model(image, dense=True).patches
+    expected = nn.functional.cosine_similarity(patches[1, :, 2, 3], weights[2], dim=0)
+    torch.testing.assert_close(found[1, 2, 2, 3], expected)
+    whole = classifier(tuned(task()).model, NAMES)
+    assert (similarity_maps(model, image, whole) - found).abs().max() > 1e-3
+
+
+# -- few-shot ------------------------------------------------------------------------------------------------------
+
+
+def test_the_contrastive_loss_is_open_clips_where_each_class_comes_once():
+    image, text = (nn.functional.normalize(torch.randn(5, 8), dim=-1) for _ in range(2))
+    label = torch.tensor([3, 0, 4, 1, 2])
+    expected = open_clip.ClipLoss()(image, text[label], torch.tensor(14.0))
+    torch.testing.assert_close(contrastive(14.0 * image @ text.T, label), expected)
+    many = torch.tensor([3, 3, 0, 0, 0])  # classes that are absent do not count, equals are equally right
+    scores = (14.0 * image @ text.T)[:, [3, 0]]
+    to_text = nn.functional.cross_entropy(scores, torch.tensor([0, 0, 1, 1, 1]))
+    columns = scores.T.log_softmax(1)
+    to_image = -(columns[0, :2].mean() + columns[1, 2:].mean()) / 2
+    torch.testing.assert_close(contrastive(14.0 * image @ text.T, many), (to_text + to_image) / 2)
+
+
+@pytest.mark.parametrize(
+    ("tower", "objective"), [("image", "cross_entropy"), ("text", "cross_entropy"), ("both", "contrastive")]
+)
+def test_training_lowers_the_loss_whichever_tower_is_adapted(tower, objective):
+    found = task(LoRA(rank=4, roles=ROLES), SimilarityHead(3, objective=objective), clip(towers=tower)).train()
+    batch = next(iter(found_data(found).train()))
+    trained = found.model.trainable()
+    optimiser = torch.optim.Adam(trained.values(), 1e-2)
+    losses = []
+    for _ in range(12):
+        optimiser.zero_grad()
+        loss = found.loss(batch)
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(p.grad is not None for p in trained.values())
+
+
+def found_data(found: ClipClassification) -> GeneratedImages:
+    data = images()
+    data.normalise_by(found.model.backbone)
+    return data
+
+
+def test_texts_are_encoded_once_until_what_they_depend_on_changes():
+    found = task()
+    ran: list[int] = []
+    text: Any = found.model.backbone.text
+    text.register_forward_hook(lambda *_: ran.append(1))
+    image = torch.randn(2, 3, 32, 32)
+    first = found.predict(image)
+    assert torch.equal(found.predict(image), first)
+    assert len(ran) == 1
+    assert not torch.equal(tuned(found).predict(image), first)
+    assert len(ran) == 2
+    with found.between(0.5):
+        found.outputs({"image": image})
+    assert len(ran) == 2 + 1
+
+
+def test_a_head_of_weights_starts_zero_shot_and_trains_with_the_image_tower_alone(tmp_path):
+    zero = task(Probe()).outputs({"image": (image := torch.randn(2, 3, 32, 32))})
+    found = task(head=ZeroShotHead(24, 3), backbone=clip(towers="image"))
+    with torch.no_grad():
+        torch.testing.assert_close(found.outputs({"image": image}), zero)
+    assert found.model.count()["head"] == 3 * 24
+    data = found_data(found)
+    result = fit(found, data, Engine(epochs=1, device="cpu"), tmp_path)
+    assert 0 <= result["test"]["accuracy"] <= 1
+    assert (found.head.weight - found.head.zero_shot).abs().max() > 0
+    deaf = task(head=ZeroShotHead(24, 3), backbone=clip(towers="text"))
+    with pytest.raises(WorkError, match="no gradient reaches adapter.default.text/"):
+        fit(deaf, found_data(deaf), Engine(epochs=1, device="cpu"), tmp_path / "deaf")
+
+
+# -- between zero-shot and tuned -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", [SimilarityHead, lambda classes: ZeroShotHead(24, classes)])
+def test_the_ensemble_at_0_is_the_zero_shot_model_and_at_1_the_tuned_one_bit_for_bit(head):
+    image = torch.randn(4, 3, 32, 32)
+    zero = task(Probe(), head(3)).predict(image)
+    found = tuned(task(head=head(3)))
+    whole = found.predict(image)
+    assert (whole - zero).abs().max() > 1e-3
+    at = {}
+    for share in (0.0, 0.5, 1.0):
+        found.ensemble = share
+        at[share] = found.predict(image)
+    assert torch.equal(at[0.0], zero)
+    assert torch.equal(at[1.0], whole)
+    assert all((at[0.5] - at[share]).abs().max() > 1e-4 for share in (0.0, 1.0))
+    found.ensemble = 1.0
+    assert torch.equal(found.predict(image), whole)
+
+
+def test_half_of_a_low_rank_change_is_the_mean_of_the_weights():
+    found = tuned(task(LoRA(rank=2, roles=("mlp.up",))))
+    site = found.model.sites().select("mlp.up", tags="text")[0]
+    host: Any = site.module
+    with torch.no_grad():
+        whole = host.weight.clone()
+        with found.between(0.0):
+            bare = host.weight.clone()
+        with found.between(0.5):
+            half = host.weight.clone()
+    torch.testing.assert_close(half, (bare + whole) / 2)
+
+
+def test_ensembled_states():
+    first, second = ({"w": torch.randn(3, 3), "n": torch.tensor(k)} for k in (1, 5))
+    for share, expected in ((0, first), (1, second)):
+        assert all(torch.equal(t, expected[n]) for n, t in ensembled(first, second, share).items())
+    torch.testing.assert_close(ensembled(first, second, 0.3)["w"], 0.7 * first["w"] + 0.3 * second["w"])
+    with pytest.raises(RequestError, match="n is in one only"):
+        ensembled(first, {"w": second["w"]}, 0.5)
+    with pytest.raises(RequestError, match="w has two shapes"):
+        ensembled(first, second | {"w": torch.zeros(2)}, 0.5)
+    with pytest.raises(RequestError, match="ensemble 1.5: use a share"):
+        ensembled(first, second, 1.5)
+
+
+def test_ensembles_that_cannot_be_are_refused():
+    with pytest.raises(RequestError, match="overwrites the zero-shot weights"):
+        task(Full(), ensemble=0.5)
+    with pytest.raises(RequestError, match="ensemble -1: use a share"):
+        task(ensemble=-1)
+    prompts = task(CoOp(count=2), templates=("X X {}",), ensemble=0.5)
+    with pytest.raises(RequestError, match="takes no strength"):
+        prompts.predict(torch.randn(1, 3, 32, 32))
+
+
+# -- prompts -------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_that_start_from_words_are_those_words_bit_for_bit():
+    image = torch.randn(2, 3, 32, 32)
+    words = task(Probe()).predict(image)
+    assert torch.equal(task(CoOp(count=4, start="a photo of a")).predict(image), words)
+    template = ("X X X X {}.",)
+    found = task(CoOp(count=4, start="a photo of a"), templates=template)
+    assert torch.equal(found.predict(image), words)
+    assert not torch.equal(task(Probe(), templates=template).predict(image), words)
+
+
+def test_prompts_train_alone_and_each_class_can_have_its_own():
+    shared, own = (
+        task(CoOp(count=3), templates=("X X X {}.",)),
+        task(CoOp(count=3, classes=3), templates=("X X X {}.",)),
+    )
+    assert (shared.model.count()["trainable"], own.model.count()["trainable"]) == (3 * 32, 3 * 3 * 32)
+    found = own.train()
+    found.loss(next(iter(found_data(found).train()))).backward()
+    (words,) = found.model.trainable().values()
+    assert words.grad is not None
+    assert (words.grad.abs().amax((1, 2)) > 0).tolist() == [True] * 3
+    before = found.eval().outputs({"image": (image := torch.randn(2, 3, 32, 32))}).detach()
+    with torch.no_grad():
+        words[1] += 1
+    changed = (found.outputs({"image": image}).detach() != before).all(0)
+    assert changed.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("method", "templates", "message"),
+    [
+        ({"count": 3}, ("{} X",), "begin every template with the same 3 words"),
+        ({"count": 30}, ("X {}",), "begin every template with the same 30 words"),
+        ({"count": 3, "start": "a photo of a"}, ("X {}",), "CoOp start 'a photo of a': 4 tokens for count 3"),
+        ({"count": 1, "classes": 2}, ("X {}",), "CoOp classes 2: the texts are of 3"),
+        ({"count": 0}, ("{}",), "CoOp count 0"),
+        ({"count": 1, "classes": 1}, ("{}",), "classes 1: at least 1, and 2 or null"),
+    ],
+)
+def test_prompts_that_do_not_fit_the_texts_are_refused(method, templates, message):
+    with pytest.raises(RequestError, match=message):
+        task(CoOp(**method), templates=templates).predict(torch.randn(1, 3, 32, 32))
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "head", "templates"),
+    [
+        (LoRA(rank=2, roles=ROLES), lambda: SimilarityHead(3), TEMPLATES),
+        (LoRA(rank=2), lambda: ZeroShotHead(24, 3), TEMPLATES),
+        (CoOp(count=2), lambda: SimilarityHead(3), ("X X {}",)),
+    ],
+)
+def test_a_saved_adapter_gives_the_same_probabilities_when_loaded(method, head, templates, tmp_path):
+    image = torch.randn(2, 3, 32, 32)
+    found = tuned(task(method, head(), templates=templates))
+    found.model.save(tmp_path / "adapter.safetensors")
+    other = task(method, head(), templates=templates)
+    fresh = other.predict(image)
+    other.model.load(tmp_path / "adapter.safetensors")
+    assert torch.equal(other.predict(image), found.predict(image))
+    assert not torch.equal(fresh, found.predict(image))
+
+
+SMALL = """
+task: {type: ClipClassification, templates: ["a photo of a {}."]}
+data: {type: GeneratedImages, count: 8, classes: [disc, stripes, checks], side: 32, size: 32, crop: 1, batch_size: 8}
+backbone: {type: OpenClip, name: ViT-B-32, pretrained: random, image_size: 32,
+           model_args: {embed_dim: 24, width: 32, layers: 2, head_width: 16, patch_size: 8},
+           text_args: {width: 32, layers: 1, heads: 2, context_length: 12}}
+method: {type: LoRA, rank: 2}
+head: {type: ZeroShotHead}
+optimiser: {learning_rate: 2.0e-2}
+trainer: {epochs: 2, device: cpu}
+"""
+
+
+def test_a_run_predicts_for_files_at_any_share(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = SMALL.replace("OpenClip,", "OpenClip, towers: image,")
+    (tmp_path / "small.yaml").write_text(text)
+    assert cli.main(["run", "small.yaml", "--output", "run", "--debug"]) == 0
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["test"]["accuracy"] is not None
+    for index in range(3):
+        Image.new("RGB", (40, 36), (80 * index, 20, 90)).save(tmp_path / f"{index}.png")
+    rows = {}
+    for share in ("0", "0.5", "1", None):
+        option = [] if share is None else ["--ensemble", share]
+        files = [f"{index}.png" for index in range(3)]
+        assert cli.main(["predict", "run", *files, "-o", f"{share}.csv", *option, "--debug"]) == 0
+        with (tmp_path / f"{share}.csv").open() as opened:
+            rows[share] = [[float(v) for v in row[2:]] for row in list(csv.reader(opened))[1:]]
+    assert rows["1"] == rows[None]
+    trained = run.load(tmp_path / "run").task
+    with trained.model.disabled():
+        torch.testing.assert_close(trained.head.zero_shot, classifier(trained.model, NAMES))
+    assert rows["0"] != rows["0.5"] != rows["1"]
+    assert cli.main(["predict", "run", "0.png", "-o", "x.csv", "--ensemble", "2"]) == 2
+    assert "ensemble 2.0: use a share of the tuned model" in capsys.readouterr().err
+    assert not (tmp_path / "x.csv").exists()
+
+
+def test_a_backbone_without_a_text_tower_is_refused():
+    from modalities.images.backbones import TimmViT
+
+    small = {"depth": 1, "embed_dim": 16, "num_heads": 2}
+    vit = TimmViT(3, name="vit_small_patch16_224", weights="random", image_size=32, patch_size=8, model_args=small)
+    with pytest.raises(RequestError, match="has no text tower: use the backbone OpenClip"):
+        ClipClassification(adapt(vit, LoRA(rank=2), head=SimilarityHead(3)), images(), Optimiser())
