@@ -7,6 +7,7 @@ HOSTS = {
         "roles": ("attention.query", "attention.key", "attention.value", "attention.output", "mlp.up", "mlp.down"),
     },
     "clip": {"rank": 2, "roles": ("attention.query", "attention.value", "attention.output", "mlp.up")},
+    "open_clip": {"rank": 2, "roles": ("attention.query", "attention.value", "attention.output", "mlp.up")},
     "attention": {"rank": 2, "roles": ("attention.query", "attention.value", "attention.output")},
     "encoder": {"rank": 2, "roles": ("attention.query", "attention.key", "attention.output", "linear")},
     "convolutions": {"rank": 3, "roles": "conv"},
