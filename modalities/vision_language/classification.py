@@ -20,8 +20,7 @@ from shared.training.optimiser import Optimiser
 class ClipClassification(Classification):
     """Trains and measures an ``OpenClip`` with a ``SimilarityHead`` or a ``ZeroShotHead``.
 
-    model: with the head.  data: as ``Classification`` takes them; with the method ``Probe`` and a ``SimilarityHead``
-    nothing trains, and the test is zero-shot.
+    model: with the head.  data: as ``Classification`` takes them. With ``ensemble`` 0 the results are zero-shot.
     """
 
     def __init__(
@@ -75,8 +74,9 @@ class ClipClassification(Classification):
         parts = [*adapters, *clip_of(self.model).text.parameters()]
         if torch.is_grad_enabled() and any(p.requires_grad for p in parts):
             return self.tokens
-        state = self.model.state
-        key = (state.active, state.lowest, state.drawn, self.tokens.device, [(id(p), p._version) for p in parts])
+        state, device = self.model.state, self.tokens.device
+        mode = (self.model.training, device, torch.is_autocast_enabled(device.type))
+        key = (state.active, state.lowest, state.drawn, mode, [(id(p), p._version) for p in parts])
         if self._kept is None or self._kept[0] != key:
             with torch.inference_mode(False):
                 self._kept = key, embed_texts(self.model, self.tokens, self.class_of)

@@ -90,10 +90,16 @@ class ZeroShotHead(nn.Module):
 
 
 def logits(embeddings: Embeddings, weights: Tensor) -> Tensor:
-    """Images (B, D) and class weights (classes, D) to logits (B, classes), in the order of open_clip's products."""
-    assert embeddings.image is not None
-    assert embeddings.scale is not None
-    return embeddings.scale * embeddings.image @ weights.to(embeddings.image.dtype).T
+    """Images (B, D) and class weights (classes, D) to logits (B, classes), in the order of open_clip's products.
+
+    In float32 at least, also under autocast: cosines of classes differ by less than half precision tells apart.
+    """
+    image, scale = embeddings.image, embeddings.scale
+    assert image is not None
+    assert scale is not None
+    wide = torch.promote_types(image.dtype, torch.float32)
+    with torch.autocast(image.device.type, enabled=False):
+        return scale.to(wide) * image.to(wide) @ weights.to(wide).T
 
 
 def contrastive(logits: Tensor, label: Tensor) -> Tensor:

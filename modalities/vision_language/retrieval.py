@@ -13,7 +13,8 @@ from shared.errors import RequestError
 def recall_at(image: Tensor, text: Tensor, image_of: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """The share of images one of whose texts is among the k most similar texts, and of texts likewise.
 
-    image: (N, D).  text: (M, D), both of length 1.  image_of: (M,), the image that each text describes.
+    image: (N, D).  text: (M, D), both of length 1, as an ``OpenClip`` gives them, adapted or not.
+    image_of: (M,), the image that each text describes.
     Gives "image_to_text/recall@k" and "text_to_image/recall@k". Where similarities are equal the wrong one counts as
     the more similar, so that embeddings that have all become alike find nothing.
 

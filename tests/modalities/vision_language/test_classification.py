@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from modalities.images.data import GeneratedImages
-from modalities.vision_language.backbones import OpenClip
+from modalities.vision_language.backbones import Embeddings, OpenClip
 from modalities.vision_language.classification import ClipClassification
 from modalities.vision_language.coop import CoOp
 from modalities.vision_language.heads import SimilarityHead, ZeroShotHead, contrastive
@@ -22,32 +21,7 @@ from shared import Adapted, adapt, cli, run
 from shared.errors import RequestError, WorkError
 from shared.methods import Full, LoRA, Probe
 from shared.training import Engine, Optimiser, fit
-from tests.modalities.vision_language.clips import clip, written
-
-NAMES = ("disc", "stripes", "checks")
-TEMPLATES = ("a photo of a {}.", "a drawing of {}, seen from above", "{}")
-ROLES = ("attention.query", "attention.value", "attention.output", "mlp.up")
-
-
-def images(**changes: Any) -> GeneratedImages:
-    return GeneratedImages(**{"count": 10, "classes": NAMES, "side": 32, "crop": 1.0, "batch_size": 8, **changes})
-
-
-def task(method: Any = None, head: nn.Module | None = None, backbone: Any = None, **options: Any) -> ClipClassification:
-    torch.manual_seed(0)
-    model = adapt(backbone or clip(), method or LoRA(rank=2, roles=ROLES), head=head or SimilarityHead(3))
-    optimiser = options.pop("optimiser", Optimiser(learning_rate=1e-2))
-    return ClipClassification(model, images(), optimiser, **options).eval()
-
-
-def tuned(found: ClipClassification) -> ClipClassification:
-    """As if it had trained."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in found.model.trainable().values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return found
-
+from tests.modalities.vision_language.clips import NAMES, ROLES, TEMPLATES, clip, fed, images, task, tuned, written
 
 # -- zero-shot -----------------------------------------------------------------------------------------------------
 
@@ -135,12 +109,22 @@ def test_the_contrastive_loss_is_open_clips_where_each_class_comes_once():
     torch.testing.assert_close(contrastive(14.0 * image @ text.T, many), (to_text + to_image) / 2)
 
 
+def test_logits_are_of_full_precision_under_autocast():
+    head, image, text = SimilarityHead(3), torch.randn(4, 8), torch.randn(3, 8)
+    given = Embeddings(image, text, None, torch.full((4, 1), 100.0))
+    expected = head(given, (32, 32))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head(given, (32, 32)), expected)
+        assert image.matmul(text.T).dtype == torch.bfloat16
+    torch.testing.assert_close(expected, 100 * image @ (text / text.norm(dim=1, keepdim=True)).T)
+
+
 @pytest.mark.parametrize(
     ("tower", "objective"), [("image", "cross_entropy"), ("text", "cross_entropy"), ("both", "contrastive")]
 )
 def test_training_lowers_the_loss_whichever_tower_is_adapted(tower, objective):
     found = task(LoRA(rank=4, roles=ROLES), SimilarityHead(3, objective=objective), clip(towers=tower)).train()
-    batch = next(iter(found_data(found).train()))
+    batch = next(iter(fed(found).train()))
     trained = found.model.trainable()
     optimiser = torch.optim.Adam(trained.values(), 1e-2)
     losses = []
@@ -152,12 +136,6 @@ def test_training_lowers_the_loss_whichever_tower_is_adapted(tower, objective):
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     assert all(p.grad is not None for p in trained.values())
-
-
-def found_data(found: ClipClassification) -> GeneratedImages:
-    data = images()
-    data.normalise_by(found.model.backbone)
-    return data
 
 
 def test_texts_are_encoded_once_until_what_they_depend_on_changes():
@@ -182,13 +160,13 @@ def test_a_head_of_weights_starts_zero_shot_and_trains_with_the_image_tower_alon
     with torch.no_grad():
         torch.testing.assert_close(found.outputs({"image": image}), zero)
     assert found.model.count()["head"] == 3 * 24
-    data = found_data(found)
+    data = fed(found)
     result = fit(found, data, Engine(epochs=1, device="cpu"), tmp_path)
     assert 0 <= result["test"]["accuracy"] <= 1
     assert (found.head.weight - found.head.zero_shot).abs().max() > 0
     deaf = task(head=ZeroShotHead(24, 3), backbone=clip(towers="text"))
     with pytest.raises(WorkError, match="no gradient reaches adapter.default.text/"):
-        fit(deaf, found_data(deaf), Engine(epochs=1, device="cpu"), tmp_path / "deaf")
+        fit(deaf, fed(deaf), Engine(epochs=1, device="cpu"), tmp_path / "deaf")
 
 
 # -- between zero-shot and tuned -----------------------------------------------------------------------------------
@@ -246,53 +224,6 @@ def test_ensembles_that_cannot_be_are_refused():
     prompts = task(CoOp(count=2), templates=("X X {}",), ensemble=0.5)
     with pytest.raises(RequestError, match="takes no strength"):
         prompts.predict(torch.randn(1, 3, 32, 32))
-
-
-# -- prompts -------------------------------------------------------------------------------------------------------
-
-
-def test_prompts_that_start_from_words_are_those_words_bit_for_bit():
-    image = torch.randn(2, 3, 32, 32)
-    words = task(Probe()).predict(image)
-    assert torch.equal(task(CoOp(count=4, start="a photo of a")).predict(image), words)
-    template = ("X X X X {}.",)
-    found = task(CoOp(count=4, start="a photo of a"), templates=template)
-    assert torch.equal(found.predict(image), words)
-    assert not torch.equal(task(Probe(), templates=template).predict(image), words)
-
-
-def test_prompts_train_alone_and_each_class_can_have_its_own():
-    shared, own = (
-        task(CoOp(count=3), templates=("X X X {}.",)),
-        task(CoOp(count=3, classes=3), templates=("X X X {}.",)),
-    )
-    assert (shared.model.count()["trainable"], own.model.count()["trainable"]) == (3 * 32, 3 * 3 * 32)
-    found = own.train()
-    found.loss(next(iter(found_data(found).train()))).backward()
-    (words,) = found.model.trainable().values()
-    assert words.grad is not None
-    assert (words.grad.abs().amax((1, 2)) > 0).tolist() == [True] * 3
-    before = found.eval().outputs({"image": (image := torch.randn(2, 3, 32, 32))}).detach()
-    with torch.no_grad():
-        words[1] += 1
-    changed = (found.outputs({"image": image}).detach() != before).all(0)
-    assert changed.tolist() == [False, True, False]
-
-
-@pytest.mark.parametrize(
-    ("method", "templates", "message"),
-    [
-        ({"count": 3}, ("{} X",), "begin every template with the same 3 words"),
-        ({"count": 30}, ("X {}",), "begin every template with the same 30 words"),
-        ({"count": 3, "start": "a photo of a"}, ("X {}",), "CoOp start 'a photo of a': 4 tokens for count 3"),
-        ({"count": 1, "classes": 2}, ("X {}",), "CoOp classes 2: the texts are of 3"),
-        ({"count": 0}, ("{}",), "CoOp count 0"),
-        ({"count": 1, "classes": 1}, ("{}",), "classes 1: at least 1, and 2 or null"),
-    ],
-)
-def test_prompts_that_do_not_fit_the_texts_are_refused(method, templates, message):
-    with pytest.raises(RequestError, match=message):
-        task(CoOp(**method), templates=templates).predict(torch.randn(1, 3, 32, 32))
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
