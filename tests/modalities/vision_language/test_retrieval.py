@@ -6,8 +6,12 @@ import pytest
 import torch
 from torchmetrics.retrieval import RetrievalHitRate
 
+from modalities.vision_language.heads import contrastive
 from modalities.vision_language.retrieval import recall_at
+from shared import adapt
 from shared.errors import RequestError
+from shared.methods import LoRA
+from tests.modalities.vision_language.clips import ROLES, clip
 
 
 def test_hand_counted():
@@ -30,6 +34,25 @@ def test_equals_torchmetrics_with_several_texts_an_image():
             expected = metric(values.flatten(), truth.flatten(), indexes=query.flatten())
             assert found[f"{way}/recall@{k}"] == pytest.approx(float(expected))
         assert found[f"{way}/recall@10"] >= found[f"{way}/recall@5"]
+
+
+def test_of_an_adapted_clip_trained_on_pairs():
+    backbone = clip()
+    model = adapt(backbone, LoRA(rank=4, roles=ROLES))
+    image, tokens = torch.randn(4, 3, 32, 32), backbone.tokens(["a disc", "stripes", "a red cross", "checks"])
+    optimiser = torch.optim.Adam(model.trainable().values(), 2e-2)
+    for _ in range(30):
+        found = model(image, tokens)
+        loss = contrastive(found.scale * found.image @ found.text.T, torch.arange(4))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    with torch.no_grad():
+        found = model(image, tokens)
+    assert recall_at(found.image, found.text, torch.arange(4), ks=(1,)) == {
+        "image_to_text/recall@1": 1.0,
+        "text_to_image/recall@1": 1.0,
+    }
 
 
 @pytest.mark.parametrize(
