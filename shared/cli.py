@@ -127,6 +127,7 @@ def _on_runs(add: Callable[..., _Parser]) -> None:
     )
     predict.add_argument("--as", dest="kind", choices=("classes", "probabilities", "polygons"), help="what to write")
     predict.add_argument("--task", metavar="NAME", help="which of the tasks of a run that has several")
+    predict.add_argument("--ensemble", metavar="SHARE", type=float, help="of the tuned model, 0 is zero-shot (CLIP)")
     predict.add_argument("--window", metavar="N", type=int, help="pixels a side (default: as trained)")
     predict.add_argument("--overlap", metavar="N", type=int, help="pixels neighbours share (default: half a window)")
     predict.add_argument("--bands", metavar="N,N", type=_numbers, help="which bands to read, whatever their names")
@@ -208,6 +209,10 @@ def _predict(asked: argparse.Namespace) -> None:
         options["task"] = asked.task
     elif asked.task is not None:
         raise RequestError(f"--task {asked.task}: {asked.run} has one task, which has no name")
+    if hasattr(trained.task, "ensemble"):
+        options["ensemble"] = asked.ensemble
+    elif asked.ensemble is not None:
+        raise RequestError(f"--ensemble {asked.ensemble:g}: {asked.run} has no zero-shot model to be between")
     trained.task.predict_files(
         asked.inputs, asked.output, described=trained.described, identity=trained.identity, **options
     )

@@ -53,7 +53,7 @@ class Classification(Task):
         return self.head.loss(outputs, batch["label"])
 
     def evaluate(self, batch: dict[str, Any]) -> None:
-        output, label = self.model(batch["image"]), batch["label"]
+        output, label = self.outputs(batch), batch["label"]
         scores = self.head.predict(output)
         if not torch.isfinite(scores).all():
             raise WorkError(f"the class scores are not finite on samples {', '.join(batch['name'])}")
@@ -74,7 +74,7 @@ class Classification(Task):
         training = self.training
         self.eval()
         try:
-            scores = self.head.predict(self.model(image.to(self.device)))
+            scores = self.head.predict(self.outputs({"image": image.to(self.device)}))
         finally:
             self.train(training)
         if not torch.isfinite(scores).all():

@@ -93,6 +93,22 @@ def resnet() -> Host:
     return backbone, (torch.rand(3, 3, 64, 64),), backbone.sites()
 
 
+def open_clip() -> Host:
+    """Both towers: three images, and three texts that end in different words.
+
+    Frozen from the start: torch multiplies a frozen and an unfrozen matrix in different orders.
+    """
+    from modalities.vision_language.backbones import OpenClip
+
+    image = {"layers": 2, "width": 24, "head_width": 12, "patch_size": 8, "embed_dim": 16}
+    text = {"layers": 2, "width": 16, "heads": 2, "context_length": 8}
+    backbone = OpenClip(3, name="ViT-B-32", pretrained="random", image_size=32, model_args=image, text_args=text)
+    tokens = backbone.example()[1][[0, 1, 0]]
+    tokens[2, -2] += 2
+    backbone.requires_grad_(False)
+    return backbone, (torch.randn(3, 3, 32, 32), tokens), backbone.sites()
+
+
 SMALL_TEXT = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -130,6 +146,7 @@ HOSTS: dict[str, Callable[[], Host]] = {
     "clip": clip,
     "sam": sam,
     "resnet": resnet,
+    "open_clip": open_clip,
     "attention": attention,
     "encoder": encoder,
     "convolutions": convolutions,

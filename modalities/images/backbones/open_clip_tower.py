@@ -32,6 +32,7 @@ class OpenClipTower(TokenBackbone):
 
     It lies at ``self.tower``. The summary is what ``encode_image`` gives before normalisation: pooled and projected,
     of ``summary_width`` channels. Images must have the size the tower was made for, as in open_clip.
+    ``config`` is open_clip's configuration it was made of, ``file`` what its weights were read from (None: random).
 
     bands: channels of the image.
     """
@@ -78,7 +79,8 @@ class OpenClipTower(TokenBackbone):
         total = len(tower.transformer.resblocks)
         depths = evenly_spaced(total) if depths is None else depths
         super().__init__(name, depths=depths, total=total, width=tower.conv1.out_channels, prefix=1, normed=normed)
-        self.tower, self.bands = tower, bands
+        self.tower, self.bands, self.config = tower, bands, config
+        self.file: Path | None = None  # what the weights were read from
         self.image_size, self.patch_size, self.summary_width = tower.image_size, tower.patch_size, tower.output_dim
         clip = {"mean": library("open_clip").OPENAI_DATASET_MEAN, "std": library("open_clip").OPENAI_DATASET_STD}
         self.statistics = byte_statistics({**clip, **tag}, bands)
@@ -118,7 +120,8 @@ class OpenClipTower(TokenBackbone):
         if w.is_meta(self.tower):
             self.source += " (not loaded: meta device)"
             return
-        state = w.read(file if file is not None else _fetch(self.name, tag))
+        self.file = file if file is not None else _fetch(self.name, tag)
+        state = w.read(self.file)
         if any(key.startswith("visual.") for key in state):  # a whole CLIP model: the rest is its text tower
             state = {key.removeprefix("visual."): t for key, t in state.items() if key.startswith("visual.")}
         if "conv1.weight" in state:

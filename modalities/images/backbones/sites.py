@@ -44,19 +44,22 @@ def open_clip_sites(backbone: Any) -> Sites:
         Site("conv", -1, "tower.conv1", tower.conv1, layout="BCHW", width=width, tags=("patch_embed",)),
         *norm_sites("tower.ln_pre", tower.ln_pre, -1, 1),
     ]
-    for depth, block in enumerate(tower.transformer.resblocks):
-        path = f"tower.transformer.resblocks.{depth}"
-        up, down = block.mlp.c_fc, block.mlp.c_proj
-        sites += [
-            Site("block", depth, path, block, parameter=None, prefix=1, width=width),
-            *multihead_sites(f"{path}.attn", block.attn, depth, prefix=1),
-            Site("mlp", depth, f"{path}.mlp", block.mlp, parameter=None, prefix=1, width=width),
-            Site("mlp.up", depth, f"{path}.mlp.c_fc", up, prefix=1, width=up.out_features),
-            Site("mlp.down", depth, f"{path}.mlp.c_proj", down, prefix=1, width=width),
-            *norm_sites(f"{path}.ln_1", block.ln_1, depth, 1, "norm1"),
-            *norm_sites(f"{path}.ln_2", block.ln_2, depth, 1, "norm2"),
-        ]
+    sites += resblock_sites("tower.transformer", tower.transformer, width, prefix=1)
     return Sites([*sites, *norm_sites("tower.ln_post", tower.ln_post, last, 1, "final")], backbone.name)
+
+
+def resblock_sites(path: str, transformer: Any, width: int, prefix: int) -> Iterator[Site]:
+    """Sites of the blocks of an open_clip transformer, of either tower."""
+    for depth, block in enumerate(transformer.resblocks):
+        here = f"{path}.resblocks.{depth}"
+        up, down = block.mlp.c_fc, block.mlp.c_proj
+        yield Site("block", depth, here, block, parameter=None, prefix=prefix, width=width)
+        yield from multihead_sites(f"{here}.attn", block.attn, depth, prefix=prefix)
+        yield Site("mlp", depth, f"{here}.mlp", block.mlp, parameter=None, prefix=prefix, width=width)
+        yield Site("mlp.up", depth, f"{here}.mlp.c_fc", up, prefix=prefix, width=up.out_features)
+        yield Site("mlp.down", depth, f"{here}.mlp.c_proj", down, prefix=prefix, width=width)
+        yield from norm_sites(f"{here}.ln_1", block.ln_1, depth, prefix, "norm1")
+        yield from norm_sites(f"{here}.ln_2", block.ln_2, depth, prefix, "norm2")
 
 
 def _attention(path: str, attention: Any, depth: int, prefix: int, width: int) -> Iterator[Site]:

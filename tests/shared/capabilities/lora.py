@@ -8,6 +8,7 @@ HOSTS = {
     },
     "clip": {"rank": 2, "roles": ("attention.query", "attention.value", "attention.output", "mlp.up")},
     "sam": {"rank": 2, "roles": ("attention.query", "attention.value", "attention.output", "mlp.up")},
+    "open_clip": {"rank": 2, "roles": ("attention.query", "attention.value", "attention.output", "mlp.up")},
     "attention": {"rank": 2, "roles": ("attention.query", "attention.value", "attention.output")},
     "encoder": {"rank": 2, "roles": ("attention.query", "attention.key", "attention.output", "linear")},
     "convolutions": {"rank": 3, "roles": "conv"},

@@ -1,0 +1,124 @@
+"""Classification by CLIP: classes are words, and adapters in either tower, prompts or a head learn from few images."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modalities.images.classification import Classification
+from modalities.vision_language.heads import ZeroShotHead
+from modalities.vision_language.zero_shot import check_share, class_texts, class_weights, clip_of, embed_texts
+from shared.adapted import Adapted
+from shared.errors import RequestError
+from shared.training.optimiser import Optimiser
+
+
+class ClipClassification(Classification):
+    """Trains and measures an ``OpenClip`` with a ``SimilarityHead`` or a ``ZeroShotHead``.
+
+    model: with the head.  data: as ``Classification`` takes them. With ``ensemble`` 0 the results are zero-shot.
+    """
+
+    def __init__(
+        self, model: Adapted, data: Any, optimiser: Optimiser, *, names: Mapping[str, str] | None = None,
+        templates: Sequence[str] = ("a photo of a {}.",), ensemble: float = 1.0,
+    ):  # fmt: skip
+        """
+        Args:
+            names: what a class is called in the texts ({AnnualCrop: annual crop land}); its own name, "_" read as a
+                space, where it is not among them.
+            templates: the texts of a class, whose embeddings are averaged; "{}" is its name.
+            ensemble: the share of the tuned model in evaluation and prediction, from 0 (zero-shot) to 1 (WiSE-FT:
+                Wortsman et al., 2022): the strength of the adapters and the place between the head's two weights.
+
+        Raises RequestError where names, templates or the share do not fit, or a text is longer than the context.
+        """
+        backbone = clip_of(model)
+        super().__init__(model, data, optimiser)
+        if unknown := [name for name in names or {} if name not in self.classes]:
+            raise RequestError(f"names: {unknown[0]!r} is no class; there are {', '.join(self.classes)}")
+        with self.between(ensemble):  # refused now where it cannot be
+            pass
+        told = names or {}
+        self.names = tuple(told.get(name) or name.replace("_", " ") for name in self.classes)
+        self.templates, self.ensemble = tuple(templates), ensemble
+        tokens = backbone.tokens(class_texts(self.names, self.templates))
+        self.tokens: Tensor
+        self.class_of: Tensor
+        self.register_buffer("tokens", tokens, persistent=False)
+        each = torch.arange(len(self.names), device=tokens.device)
+        self.register_buffer("class_of", each.repeat_interleave(len(self.templates)), persistent=False)
+        self._kept: tuple[Any, Tensor] | None = None
+        if isinstance(self.head, ZeroShotHead) and not self.head.started:
+            with model.disabled():
+                self.head.start(class_weights(embed_texts(model, self.tokens), len(self.classes)))
+
+    def outputs(self, batch: dict[str, Any]) -> Tensor:
+        """Logits (B, classes)."""
+        text = None if isinstance(self.head, ZeroShotHead) else self._text()
+        return self.model(batch["image"], text, context={"class_of": self.class_of})
+
+    def _text(self) -> Tensor:
+        """The tokens where a gradient is to reach the text tower, else its embeddings, computed once for what it is."""
+        adapters = [
+            parameter
+            for name in self.model.active
+            for key, module in self.model.bank[name].named_children()
+            if not key.startswith("image/")
+            for parameter in module.parameters()
+        ]
+        parts = [*adapters, *clip_of(self.model).text.parameters()]
+        if torch.is_grad_enabled() and any(p.requires_grad for p in parts):
+            return self.tokens
+        state, device = self.model.state, self.tokens.device
+        mode = (self.model.training, device, torch.is_autocast_enabled(device.type))
+        key = (state.active, state.lowest, state.drawn, mode, [(id(p), p._version) for p in parts])
+        if self._kept is None or self._kept[0] != key:
+            with torch.inference_mode(False):
+                self._kept = key, embed_texts(self.model, self.tokens, self.class_of)
+        return self._kept[1]
+
+    @contextlib.contextmanager
+    def between(self, share: float) -> Iterator[None]:
+        """Within the block the model is ``share`` of the way from the zero-shot one (0) to the tuned one (1).
+
+        Raises RequestError where the backbone itself was trained, so that the zero-shot weights are gone, and in the
+        first call where a method has no strength other than 0 or 1, such as prompts.
+        """
+        check_share(share)
+        if share < 1 and any(method.trains_backbone for method in self.model.methods.values()):
+            raise RequestError("ensemble: this method overwrites the zero-shot weights; use zero_shot.ensembled")
+        state, head = self.model.state, self.head
+        before, own = state.active, getattr(head, "share", 1.0)
+        state.active = tuple((name, strength * share) for name, strength in before) if share else ()
+        if isinstance(head, ZeroShotHead):
+            head.share = share
+        try:
+            yield
+        finally:
+            state.active = before
+            if isinstance(head, ZeroShotHead):
+                head.share = own
+
+    def evaluate(self, batch: dict[str, Any]) -> None:
+        with self.between(self.ensemble):
+            super().evaluate(batch)
+
+    def predict(self, image: Tensor) -> Tensor:
+        """image (B, bands, H, W), normalised, to class probabilities (B, classes), by the model at ``ensemble``."""
+        with self.between(self.ensemble):
+            return super().predict(image)
+
+    def predict_files(self, *args: Any, ensemble: float | None = None, **options: Any) -> None:
+        """As ``Classification`` writes them.  ensemble: in place of the task's own."""
+        before = self.ensemble
+        self.ensemble = before if ensemble is None else ensemble
+        try:
+            check_share(self.ensemble)
+            super().predict_files(*args, **options)
+        finally:
+            self.ensemble = before
