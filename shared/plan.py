@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from shared.errors import RequestError
 from shared.training.feed import batches_of, rebuilt
+from shared.training.optimiser import Optimiser
 
 if TYPE_CHECKING:
     from shared.training.engine import Engine
@@ -50,7 +51,12 @@ class Plan(NamedTuple):
 
 
 def predict(task: Task, data: Any, engine: Engine, output: Path) -> dict[str, Any] | None:
-    """``plan`` as a dictionary, told in the log; None where it fails: no run ends for want of a prediction."""
+    """``plan`` as a dictionary, told in the log; None where it fails: no run ends for want of a prediction.
+
+    None too where the model is a black box, whose calls may cost more than a prediction is worth.
+    """
+    if not getattr(task.model.backbone, "differentiable", True):
+        return None
     try:
         found = plan(task, data, engine, output)._asdict()
         _log.info("predicted %s", json.dumps(found))
@@ -116,7 +122,8 @@ def _trial(task: Task, engine: Engine, watch: Callback) -> Task:
     parameters = task.model.backbone.parameters()
     shared = () if engine.precision == "64" else (p for p in parameters if not p.requires_grad)
     trial = copy.deepcopy(task, {id(parameter): parameter for parameter in shared})
-    trial.optimiser = replace(task.optimiser, warmup=0)  # longer than a trial it would be refused
+    if isinstance(task.optimiser, Optimiser):
+        trial.optimiser = replace(task.optimiser, warmup=0)  # longer than a trial it would be refused
     trial.silent = set()  # so few batches may not be of every task
     trial.configure_callbacks = lambda: [watch]
     return trial

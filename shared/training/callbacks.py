@@ -157,14 +157,18 @@ class End(Callback):
 
 
 class Cost(Callback):
-    """Measures the time of steps (the last thousand) and of training, checks included, and the peak of memory."""
+    """Measures the time of steps (the last thousand) and of training, checks included, and the peak of memory; of a
+    backbone that counts them, how often it was called in training, checks included, and on how many images."""
 
     def __init__(self):
         self.steps: deque[float] = deque(maxlen=1000)
-        self.seconds, self.peak = 0.0, 0
+        self.seconds, self.peak, self.asked = 0.0, 0, (0, 0)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.device, self.since = pl_module.device, time.perf_counter()
+        self.backbone = pl_module.model.backbone if hasattr(pl_module.model.backbone, "calls") else None
+        if self.backbone is not None:
+            self.backbone.calls, self.backbone.images = self.asked
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -179,17 +183,23 @@ class Cost(Callback):
 
     def summary(self) -> dict[str, float | int | None]:
         step = statistics.median(self.steps) if self.steps else None
-        return {"step_seconds": step, "train_seconds": self.seconds, "peak_memory_bytes": self.peak}
+        asked = {} if self.backbone is None else dict(zip(("model_calls", "model_images"), self.asked, strict=True))
+        return {"step_seconds": step, "train_seconds": self.seconds, "peak_memory_bytes": self.peak, **asked}
 
     def state_dict(self) -> dict[str, Any]:
         now = time.perf_counter()
         self.seconds, self.since = self.seconds + now - self.since, now
         self.peak = max(self.peak, _peak(self.device))
-        return {"steps": list(self.steps), "seconds": self.seconds, "peak": self.peak}
+        kept = {"steps": list(self.steps), "seconds": self.seconds, "peak": self.peak}
+        if self.backbone is None:
+            return kept
+        self.asked = (self.backbone.calls, self.backbone.images)
+        return kept | {"asked": self.asked}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps.extend(state_dict["steps"])
         self.seconds, self.peak = state_dict["seconds"], state_dict["peak"]
+        self.asked = tuple(state_dict.get("asked", self.asked))
 
 
 def _peak(device: torch.device) -> int:
