@@ -91,7 +91,8 @@ class Endpoint:
         if not isinstance(told, dict) or "logits" not in told:
             raise wrong("holds no logits")
         try:
-            logits = np.array(told["logits"], dtype=np.float32)
+            with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is told below
+                logits = np.array(told["logits"], dtype=np.float64).astype(np.float32)
         except (ValueError, TypeError, OverflowError) as error:
             raise wrong("holds logits that are no table of numbers") from error
         if logits.shape != (images, self.classes):
