@@ -162,13 +162,14 @@ class Cost(Callback):
 
     def __init__(self):
         self.steps: deque[float] = deque(maxlen=1000)
-        self.seconds, self.peak, self.asked = 0.0, 0, (0, 0)
+        self.seconds, self.peak = 0.0, 0
+        self.asked: list[int] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.device, self.since = pl_module.device, time.perf_counter()
-        self.backbone = pl_module.model.backbone if hasattr(pl_module.model.backbone, "calls") else None
-        if self.backbone is not None:
-            self.backbone.calls, self.backbone.images = self.asked
+        self.backbone = pl_module.model.backbone
+        if hasattr(self.backbone, "calls"):
+            self.backbone.calls, self.backbone.images = self.asked or (0, 0)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -183,7 +184,7 @@ class Cost(Callback):
 
     def summary(self) -> dict[str, float | int | None]:
         step = statistics.median(self.steps) if self.steps else None
-        asked = {} if self.backbone is None else dict(zip(("model_calls", "model_images"), self.asked, strict=True))
+        asked = dict(zip(("model_calls", "model_images"), self.asked, strict=True)) if self.asked else {}
         return {"step_seconds": step, "train_seconds": self.seconds, "peak_memory_bytes": self.peak, **asked}
 
     def state_dict(self) -> dict[str, Any]:
@@ -191,15 +192,14 @@ class Cost(Callback):
         self.seconds, self.since = self.seconds + now - self.since, now
         self.peak = max(self.peak, _peak(self.device))
         kept = {"steps": list(self.steps), "seconds": self.seconds, "peak": self.peak}
-        if self.backbone is None:
-            return kept
-        self.asked = (self.backbone.calls, self.backbone.images)
-        return kept | {"asked": self.asked}
+        if hasattr(self.backbone, "calls"):
+            self.asked = [self.backbone.calls, self.backbone.images]
+        return kept | ({"asked": self.asked} if self.asked else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps.extend(state_dict["steps"])
         self.seconds, self.peak = state_dict["seconds"], state_dict["peak"]
-        self.asked = tuple(state_dict.get("asked", self.asked))
+        self.asked = state_dict.get("asked")
 
 
 def _peak(device: torch.device) -> int:
