@@ -78,7 +78,7 @@ def _build(model: Any, method: Method, chosen: Sites | None) -> dict[str, Any]:
     if chosen is None:
         return {}
     device = next((s.module._parameters[s.parameter].device for s in chosen if s.parameter), None)  # type: ignore[union-attr,index]
-    device = device or next((p.device for p in model.backbone.parameters()), torch.device("cpu"))
+    device = device or next((p.device for p in model.backbone.parameters()), torch.empty(0).device)
     with torch.device(device):
         modules = method.build_all(chosen)
     if set(modules) != {site.key for site in chosen}:

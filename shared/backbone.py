@@ -32,9 +32,11 @@ class Backbone(nn.Module):
     keys: (blocks, channels of the keys of one) where it takes ``context.prefix`` (n, blocks, 2, channels), keys and
     values that its attentions see in front of the tokens' own; None where it takes none.
     prompted: whether it takes ``context.prompt`` (n, width): tokens in front of its own, which its output has not.
+    differentiable: whether its output has a gradient towards its input; what trains before one without it needs SPSA.
     """
 
     name: str
+    differentiable: bool = True
     keys: tuple[int, int] | None = None
     prompted: bool = False
 

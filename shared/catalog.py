@@ -6,7 +6,7 @@ A class is configurable by what it is:
 - data is a class of a module or package called ``data`` that offers ``train``, ``validation`` and ``test`` and is built
   from keyword arguments alone;
 - a head is a class of a module or package called ``heads`` that offers ``loss`` and ``predict``;
-- the optimiser is ``Optimiser`` and the trainer ``Engine``, of ``shared.training``.
+- an optimiser is ``Optimiser`` or ``SPSA`` and the trainer ``Engine``, of ``shared.training``.
 
 Public classes at the top level of the modules below ``shared/methods``, ``shared/training`` and ``modalities`` count.
 """
@@ -219,7 +219,7 @@ def _kind(each: _Class, by_name: dict[str, _Class]) -> str | None:
     if "heads" in rooms and {"loss", "predict"} <= offers:
         return "head"
     if rooms[:2] == ["shared", "training"]:
-        return {"Optimiser": "optimiser", "Engine": "trainer"}.get(each.name)
+        return {"Optimiser": "optimiser", "SPSA": "optimiser", "Engine": "trainer"}.get(each.name)
     return None
 
 

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Sampler
 from shared.cache import Cache
 from shared.errors import RequestError
 from shared.training.feed import batches_of, rebuilt
+from shared.training.optimiser import Optimiser
 
 if TYPE_CHECKING:
     from shared.training.engine import Engine
@@ -56,7 +57,12 @@ class Plan(NamedTuple):
 
 
 def predict(task: Task, data: Any, engine: Engine, output: Path) -> dict[str, Any] | None:
-    """``plan`` as a dictionary, told in the log; None where it fails: no run ends for want of a prediction."""
+    """``plan`` as a dictionary, told in the log; None where it fails: no run ends for want of a prediction.
+
+    None too where the model is a black box, whose calls may cost more than a prediction is worth.
+    """
+    if not getattr(task.model.backbone, "differentiable", True):
+        return None
     try:
         found = plan(task, data, engine, output)._asdict()
         _log.info("predicted %s", json.dumps(found))
@@ -128,7 +134,8 @@ def trial(task: Task, engine: Engine, *watches: Callback) -> Task:
     parameters = task.model.backbone.parameters()
     shared = () if engine.precision == "64" else (p for p in parameters if not p.requires_grad)
     copied = copy.deepcopy(task, {id(parameter): parameter for parameter in shared})
-    copied.optimiser = replace(task.optimiser, warmup=0)  # longer than a trial it would be refused
+    if isinstance(task.optimiser, Optimiser):
+        copied.optimiser = replace(task.optimiser, warmup=0)  # longer than a trial it would be refused
     copied.silent = set()  # so few batches may not be of every task
     copied.configure_callbacks = lambda: list(watches)
     return copied

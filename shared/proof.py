@@ -20,7 +20,8 @@ def prove(model: Any, name: str, example: Sequence[Any]) -> None:
     """Run the backbone on ``example`` with the adapter perturbed, in training and in inference mode.
 
     Every site's adapter must run and receive a gradient that is not zero in training, must run in inference, and both
-    modes must agree: a fused kernel that bypasses an adapter disagrees. Parameters, buffers and random state are put
+    modes must agree: a fused kernel that bypasses an adapter disagrees. Where the backbone gives no gradient, noise on
+    each adapter's own parameters must change the output instead. Parameters, buffers and random state are put
     back exactly. Nothing is run on the meta device.
 
     Raises WorkError naming the sites that fail.
@@ -35,15 +36,12 @@ def prove(model: Any, name: str, example: Sequence[Any]) -> None:
             module.train()
         with torch.enable_grad():
             _forget(model)
-            output = _total(model.backbone(*example))
+            output = model.backbone(*example)
             _fail(_silent(model, modules), name, "never ran in training mode")
-            unreached = _unreached(modules, output)
-            for seed in range(1, DRAWS):  # a narrow rectified branch may be off everywhere by chance
-                if unreached:
-                    _shake(modules, seed)
-                    again = _unreached(modules, _total(model.backbone(*example)))
-                    unreached = [key for key in unreached if key in again]
-            _fail(unreached, name, "received no gradient: its output is not used")
+            if getattr(model.backbone, "differentiable", True):
+                _check_gradients(model, modules, example, output, name)
+            else:
+                _check_changes(model, modules, example, output, name)
         for module in modules.values():
             module.eval()
         with torch.enable_grad():
@@ -64,6 +62,28 @@ def prove(model: Any, name: str, example: Sequence[Any]) -> None:
                 f"adapter {name!r} acts differently in training and in inference mode: outputs differ by "
                 f"{difference:.3g} where the adapter itself changes them by {effect:.3g}"
             )
+
+
+def _check_gradients(model: Any, modules: dict[str, nn.Module], example: Sequence[Any], output: Any, name: str) -> None:
+    unreached = _unreached(modules, _total(output))
+    for seed in range(1, DRAWS):  # a narrow rectified branch may be off everywhere by chance
+        if unreached:
+            _shake(modules, seed)
+            again = _unreached(modules, _total(model.backbone(*example)))
+            unreached = [key for key in unreached if key in again]
+    _fail(unreached, name, "received no gradient: its output is not used")
+
+
+def _check_changes(model: Any, modules: dict[str, nn.Module], example: Sequence[Any], output: Any, name: str) -> None:
+    """Each adapter that has parameters must change the output when they alone move."""
+    before, idle = _flat(output), []
+    for key, module in modules.items():
+        if any(True for _ in module.parameters()):
+            _shake({key: module}, 1)
+            after = _flat(model.backbone(*example))
+            idle += [key] if torch.equal(before, after) else []
+            before = after
+    _fail(idle, name, "does not change the output, which gives no gradient either")
 
 
 def _shake(modules: dict[str, nn.Module], seed: int) -> None:

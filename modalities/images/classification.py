@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from shared.adapted import Adapted
 from shared.errors import RequestError, WorkError
 from shared.training.optimiser import Optimiser
+from shared.training.spsa import SPSA
 from shared.training.task import Task
 
 
@@ -29,7 +30,7 @@ class Classification(Task):
 
     monitor: ClassVar[str] = "validation/accuracy"
 
-    def __init__(self, model: Adapted, data: Any, optimiser: Optimiser):
+    def __init__(self, model: Adapted, data: Any, optimiser: Optimiser | SPSA):
         super().__init__(model, optimiser)
         self.classes, self.bands = tuple(data.classes), data.bands
         head: Any = model.head

@@ -56,6 +56,31 @@ class LinearHead(nn.Module):
         return output.float().softmax(-1)
 
 
+class Logits(nn.Module):
+    """The backbone's summary as it is, for one that gives class scores itself, such as ``BlackBox``; nothing trains.
+
+    summary_width, classes: the number of scores and of classes, which must agree.
+    """
+
+    def __init__(self, summary_width: int, classes: int):
+        super().__init__()
+        if summary_width != classes:
+            raise RequestError(f"the backbone gives {summary_width} class scores, the data have {classes} classes")
+        self.classes = classes
+
+    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
+        """Summary (B, classes), logits as they are."""
+        return features.summary
+
+    def loss(self, output: Tensor, label: Tensor) -> Tensor:
+        """Mean cross entropy."""
+        return F.cross_entropy(output.float(), label)
+
+    def predict(self, output: Tensor) -> Tensor:
+        """Class probabilities (B, classes)."""
+        return output.float().softmax(-1)
+
+
 class BinaryHead(LinearHead):
     """A linear head whose weights take 2^bits values each, without a bias: Bi-Head (Jie et al., 2023)."""
 

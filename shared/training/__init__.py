@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from shared.training.engine import fit as fit
     from shared.training.optimiser import Optimiser as Optimiser
     from shared.training.processes import launch as launch
+    from shared.training.spsa import SPSA as SPSA
     from shared.training.task import Task as Task
 
 _HOME = {
     "Engine": "shared.training.engine", "fit": "shared.training.engine",
-    "Optimiser": "shared.training.optimiser", "Task": "shared.training.task",
+    "Optimiser": "shared.training.optimiser", "SPSA": "shared.training.spsa", "Task": "shared.training.task",
     "launch": "shared.training.processes",
 }  # fmt: skip
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -158,14 +158,19 @@ class End(Callback):
 
 class Cost(Callback):
     """Measures the time of steps (the last thousand) and of training, checks included, the share of waiting for batches
-    to train on, and the peak of memory."""
+    to train on, and the peak of memory; of a backbone that counts them, how often it was called in training, checks
+    included, and on how many images."""
 
     def __init__(self):
         self.steps: deque[float] = deque(maxlen=1000)
         self.seconds, self.busy, self.waited, self.peak = 0.0, 0.0, 0.0, 0
+        self.asked: list[int] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.device, self.since = pl_module.device, time.perf_counter()
+        self.backbone = pl_module.model.backbone
+        if hasattr(self.backbone, "calls"):
+            self.backbone.calls, self.backbone.images = self.asked or (0, 0)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -184,8 +189,10 @@ class Cost(Callback):
     def summary(self) -> dict[str, float | int | None]:
         step = statistics.median(self.steps) if self.steps else None
         share = self.waited / (self.waited + self.busy) if self.busy else None
+        asked = dict(zip(("model_calls", "model_images"), self.asked, strict=True)) if self.asked else {}
         return {
             "step_seconds": step, "wait_share": share, "train_seconds": self.seconds, "peak_memory_bytes": self.peak,
+            **asked,
         }  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
@@ -193,12 +200,16 @@ class Cost(Callback):
         self.seconds, self.since = self.seconds + now - self.since, now
         self.peak = max(self.peak, _peak(self.device))
         times = {"seconds": self.seconds, "busy": self.busy, "waited": self.waited}
-        return {"steps": list(self.steps), "peak": self.peak, **times}
+        if hasattr(self.backbone, "calls"):
+            self.asked = [self.backbone.calls, self.backbone.images]
+        kept = {"steps": list(self.steps), "peak": self.peak, **times}
+        return kept | ({"asked": self.asked} if self.asked else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps.extend(state_dict["steps"])
         self.seconds, self.peak = state_dict["seconds"], state_dict["peak"]
         self.busy, self.waited = state_dict.get("busy", 0.0), state_dict.get("waited", 0.0)
+        self.asked = state_dict.get("asked")
 
 
 def _peak(device: torch.device) -> int:

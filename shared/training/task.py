@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from shared.errors import RequestError, WorkError
 from shared.training.feed import PREPARE, seed_all
 from shared.training.optimiser import Optimiser
 from shared.training.sharded import Sharded, like, whole
+from shared.training.spsa import SPSA, assign
 
 
 class Task(LightningModule):
@@ -42,13 +43,14 @@ class Task(LightningModule):
 
     monitor: ClassVar[str] = "validation/loss"
 
-    def __init__(self, model: Adapted, optimiser: Optimiser):
+    def __init__(self, model: Adapted, optimiser: Optimiser | SPSA):
         super().__init__()
         self.model, self.optimiser = model, optimiser
         self.total_steps, self.seed = 1, 0
         self.outcome: dict[str, dict[str, Any]] = {}
         self.weight, self.counts = 1.0, True
         self.silent: set[str] | None = None
+        self._estimate: Tensor | None = None
 
     def loss(self, batch: Any) -> Tensor:
         """The scalar training loss of a batch, without the methods' extra losses."""
@@ -111,6 +113,13 @@ class Task(LightningModule):
     # -- training --------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
+        if isinstance(self.optimiser, SPSA):
+            if self.trainer.world_size > 1:
+                raise RequestError("optimiser SPSA trains in one process: give trainer.devices 1")
+            if self.trainer.precision == "16-mixed":
+                raise RequestError("trainer.precision '16-mixed' scales gradients, SPSA has none: use 'bf16-mixed'")
+        elif self.model.bank and not getattr(self.model.backbone, "differentiable", True):
+            raise RequestError(f"{self.model.backbone_name} gives no gradient to train by: use optimiser.type SPSA")
         optimiser, schedule = self.optimiser.build(self.model, self.total_steps)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -132,13 +141,35 @@ class Task(LightningModule):
         seed_all(torch.initial_seed(), self.global_rank)  # from here on each process draws its own
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self.model.loss(self, batch) * (1.0 if self.adds_up else self.weight)
-        loss = loss + self.weight * self.model.penalty()
+        def whole() -> Tensor:
+            loss = self.model.loss(self, batch) * (1.0 if self.adds_up else self.weight)
+            return loss + self.weight * self.model.penalty()
+
+        loss = self._without_gradients(whole, batch_idx) if isinstance(self.optimiser, SPSA) else whole()
         told = batch if isinstance(batch, Mapping) else {}
         self._last, self._several = (loss.detach(), list(told.get("name", []))), "task" in told
         self.log("train/loss", self._last[0], prog_bar=True, sync_dist=self.trainer.world_size > 1)
         self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
+
+    def _without_gradients(self, loss: Callable[[], Tensor], batch_idx: int) -> Tensor:
+        """The loss of SPSA's evaluations; their estimate of the gradient waits for ``backward``."""
+        assert isinstance(self.optimiser, SPSA)
+        parameters = list(self.model.trainable().values())
+        numbers = (self.seed, self.global_step, batch_idx % self.trainer.accumulate_grad_batches)
+        generator = torch.Generator().manual_seed(hash(numbers) & 0xFFFF_FFFF_FFFF)
+        draws = self.optimiser.draws(sum(p.numel() for p in parameters), generator)
+        self._estimate, value = self.optimiser.estimate(loss, parameters, self.global_step, draws)
+        return value
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Back-propagation, or what SPSA estimated in place of it (a loss that never moves is no gradient)."""
+        if self._estimate is None:
+            super().backward(loss, *args, **kwargs)
+            return
+        estimate, self._estimate = self._estimate, None
+        if self.silent is not None or bool(estimate.any()):
+            assign(estimate, list(self.model.trainable().values()), 1 / self.trainer.accumulate_grad_batches)
 
     def on_after_backward(self) -> None:
         """Stop before a bad loss moves a weight, and before a whole training in which some tensor never trains."""

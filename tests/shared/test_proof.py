@@ -159,3 +159,29 @@ def test_a_context_value_nobody_wrote_is_an_error() -> None:
     two, three = model(X, context={"scale": 2.0}), model(X, context={"scale": 3.0})
     assert torch.allclose(three - two, torch.ones(3, 4), atol=1e-6)
     assert vars(model.context) == {}
+
+
+class Answers(nn.Module):
+    """Gives no gradient; of its three layers the last one's output is dropped."""
+
+    differentiable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        self.c(x)
+        return self.b(self.a(x))
+
+
+def test_where_there_is_no_gradient_the_output_must_change() -> None:
+    host = Answers()
+    model = adapt(host, Gates(), sites=sites_of(host, "a", "b"), example=(X,))
+    assert all(not bool(gate.shift.any()) for gate in model.bank["default"].values())  # as they came
+    assert all(float(gate.calls) == 0 for gate in model.bank["default"].values())
+    host = Answers()
+    with pytest.raises(WorkError, match="'default' does not change the output, which gives no gradient either at c$"):
+        adapt(host, Gates(), sites=sites_of(host, "a", "c"), example=(X,))
+    assert not any("_port" in m.__dict__ for m in host.modules())

@@ -1,5 +1,6 @@
-"""Frozen image backbones: timm's transformers and ResNets, open_clip towers, LowFormer, EfficientMod, SAM."""
+"""Frozen image backbones: timm's, open_clip towers, LowFormer, EfficientMod, Segment Anything, black boxes."""
 
+from modalities.images.backbones.black_box import BlackBox as BlackBox
 from modalities.images.backbones.efficientmod import EfficientMod as EfficientMod
 from modalities.images.backbones.inputs import library as library
 from modalities.images.backbones.inputs import nearest as nearest
