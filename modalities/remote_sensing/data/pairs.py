@@ -27,7 +27,7 @@ class Pair(NamedTuple):
 
     header: Header
     before: Image
-    after: Image
+    after: Image | _Moved
 
     def read(self, window: Window | None = None) -> Raster:
         """image float32 (2 * bands, H, W), the bands before and then those after, 0 where either is invalid."""
@@ -79,8 +79,23 @@ def _named(crs: Any) -> str:
     return crs.to_string() if crs else "no reference system"
 
 
+class _Moved(NamedTuple):
+    """An image on another grid. opacity: the band that says where it lies there; None where nodata does."""
+
+    image: Image
+    opacity: int | None
+
+    def read(self, window: Window | None = None) -> Raster:
+        raster = self.image.read(window)
+        if self.opacity is None:
+            return raster
+        covered = self.image._replace(numbers=[self.opacity]).read(window).image[0] > 0
+        valid = raster.valid & covered
+        return Raster(raster.image * valid, valid, raster.georeference)
+
+
 @contextmanager
-def _onto(header: Header, image: Image) -> Iterator[Image]:
+def _onto(header: Header, image: Image) -> Iterator[_Moved]:
     """The image as it lies on the grid of ``header``."""
     from rasterio.enums import Resampling
     from rasterio.vrt import WarpedVRT
@@ -91,14 +106,19 @@ def _onto(header: Header, image: Image) -> Iterator[Image]:
     if image.fill is not None:
         path = image.header.path
         raise RequestError(f"{path}: fill {image.fill:g} would blend into the data; declare it as nodata to reproject")
-    assert header.georeference is not None
-    declared = image.source.nodata is not None or image.header.alpha is not None
+    if image.header.alpha in image.numbers:
+        path = image.header.path
+        raise RequestError(f"{path}: band {image.header.alpha} is marked as alpha and read as data; reproject it before")
+    place = header.georeference
+    assert place is not None
+    added = image.source.nodata is None and image.header.alpha is None
+    # By default GDAL takes a pixel for data where any band has some, and then blends the nodata value of the others in.
     with WarpedVRT(
-        image.source, crs=header.georeference.crs, transform=header.georeference.transform, height=header.height,
-        width=header.width, resampling=Resampling.bilinear, add_alpha=not declared,
+        image.source, crs=place.crs, transform=place.transform, height=header.height, width=header.width,
+        resampling=Resampling.bilinear, add_alpha=added, UNIFIED_SRC_NODATA="NO",
     ) as moved:  # fmt: skip
-        there = replace(image.header, height=header.height, width=header.width, georeference=header.georeference)
-        yield Image(there, moved, image.numbers, image.fill)
+        there = replace(image.header, height=header.height, width=header.width, georeference=place)
+        yield _Moved(Image(there, moved, image.numbers, None), moved.count if added else image.header.alpha)
 
 
 class Pairs(Scenes):
