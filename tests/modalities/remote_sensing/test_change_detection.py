@@ -58,7 +58,7 @@ class Blocks(nn.Module):
 def model(head: Any = None) -> Adapted:
     torch.manual_seed(0)
     backbone = Blocks()
-    return adapt(backbone, Probe(), head=head or SSBiFPNDecoder(backbone.channels, 2, width=8), sites=describe(backbone))
+    return adapt(backbone, Probe(), head=head or SSBiFPNDecoder(backbone.channels, 2, width=16), sites=describe(backbone))
 
 
 def task(head: Any = None) -> ChangeDetection:
@@ -157,11 +157,11 @@ def squares(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Ten
     return image, mask, kinds
 
 
-def area_under_curve(steps: int = 100) -> float:
+def area_under_curve(steps: int = 50) -> float:
     """Of change against what stands at both dates, after a short training on squares."""
     made, generator = task(), torch.Generator().manual_seed(1)
     made.model.train()
-    optimiser = torch.optim.Adam(made.head.parameters(), lr=1e-2)
+    optimiser = torch.optim.Adam(made.head.parameters(), lr=2e-2)
     for _ in range(steps):
         image, mask, _ = squares(8, generator)
         loss = made.head.loss(made(image), mask)
