@@ -107,8 +107,8 @@ def _onto(header: Header, image: Image) -> Iterator[_Moved]:
         path = image.header.path
         raise RequestError(f"{path}: fill {image.fill:g} would blend into the data; declare it as nodata to reproject")
     if image.header.alpha in image.numbers:
-        path = image.header.path
-        raise RequestError(f"{path}: band {image.header.alpha} is marked as alpha and read as data; reproject it before")
+        what = f"band {image.header.alpha} is marked as alpha and read as data"
+        raise RequestError(f"{image.header.path}: {what}; reproject it before")
     place = header.georeference
     assert place is not None
     added = image.source.nodata is None and image.header.alpha is None

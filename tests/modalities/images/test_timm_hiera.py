@@ -38,7 +38,7 @@ def test_channels_and_parameters_are_those_of_sam_2() -> None:
 
 def test_maps_are_timms_at_strides_of_4_to_32() -> None:
     ours, image = tiny(seed=3), torch.randn(2, 3, 64, 96)
-    theirs = timm.create_model("sam2_hiera_tiny", num_classes=0, **TINY).eval()
+    theirs: Any = timm.create_model("sam2_hiera_tiny", num_classes=0, **TINY).eval()
     theirs.load_state_dict(ours.model.state_dict(), strict=False)
     with torch.no_grad():
         features = ours(image)
@@ -76,7 +76,7 @@ def test_adapters_act_on_every_block_and_train_alone(method: Any) -> None:
         bare = model(image)
     found = model(image)
     assert all(float((a - b).abs().max().detach()) > 1e-4 for a, b in zip(found.maps, bare.maps, strict=True))
-    sum(m.sum() for m in found.maps).backward()
+    torch.stack([m.sum() for m in found.maps]).sum().backward()
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in model.trainable().values())
     assert all(p.grad is None for p in model.backbone.parameters())
 

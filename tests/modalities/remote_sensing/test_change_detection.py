@@ -58,7 +58,8 @@ class Blocks(nn.Module):
 def model(head: Any = None) -> Adapted:
     torch.manual_seed(0)
     backbone = Blocks()
-    return adapt(backbone, Probe(), head=head or SSBiFPNDecoder(backbone.channels, 2, width=16), sites=describe(backbone))
+    head = head or SSBiFPNDecoder(backbone.channels, 2, width=16)
+    return adapt(backbone, Probe(), head=head, sites=describe(backbone))
 
 
 def task(head: Any = None) -> ChangeDetection:
@@ -75,9 +76,18 @@ def batch(count: int = 2, size: int = 32) -> dict[str, Any]:
 
 
 def test_measures_are_those_of_torchmetrics() -> None:
-    made, one = task().eval(), batch()
+    made, one = task(), batch()
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():  # so that about half of the pixels are said to have changed
+        made.model.train()(torch.cat(one["image"].chunk(2, 1)))
+        made.eval()
+        before, after = made(one["image"]).chunk(2)
+        made.head.head[1].bias[0] += ((before + after) / 2).diff(dim=1).median()
     made.evaluate(one)
     found = made.results()
+    assert 0.1 < found["recall"] < 0.9
     truth, said = one["mask"], made.predict(one["image"])
     for name, metric in (
         ("iou", binary_jaccard_index), ("f1", binary_f1_score), ("precision", binary_precision),

@@ -68,7 +68,8 @@ def test_swapped_dates_swap_the_outputs_and_leave_the_prediction(model) -> None:
     before, after = torch.rand(2, 2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         one, other = (model(torch.cat(pair)) for pair in ((before, after), (after, before)))
-        predicted = [model.head.predict(output, (64, 64)) for output in (one, other)]
+        head: Any = model.head
+        predicted = [head.predict(output, (64, 64)) for output in (one, other)]
     assert one.shape == (4, 2, 64, 64)
     torch.testing.assert_close(one.roll(2, 0), other, rtol=0, atol=1e-12)
     torch.testing.assert_close(predicted[0], predicted[1], rtol=0, atol=1e-7)

@@ -115,6 +115,7 @@ def test_public_pairs_are_read_as_they_are(materials) -> None:
 def rewritten(path: Path, image: np.ndarray | None = None, **place: Any) -> None:
     """The raster at ``path`` with other pixels or another place."""
     raster = read_image(path)
+    assert raster.georeference is not None
     where = replace(raster.georeference, **place) if place else raster.georeference
     write_raster(path, raster.image if image is None else image, georeference=where)
 
@@ -123,11 +124,12 @@ def test_what_does_not_lie_on_one_grid_is_refused_in_one_line(folder) -> None:
     after = folder / "B" / "00001.tif"
     kept = after.read_bytes()
     moved = Affine(0.5, 0, 401200, 0, -0.5, 5200000)
-    for change, message in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"image": np.zeros((3, 40, 36), np.float32)}, r"B/00001.tif: 40 x 36 pixels, .*A/00001.tif 40 x 40; both"),
         ({"crs": CRS.from_epsg(32634)}, r"B/00001.tif: is in EPSG:32634, .*A/00001.tif in EPSG:32633; cut or reproj"),
         ({"transform": moved}, r"B/00001.tif: lies up to 200 map units away from .*A/00001.tif; cut or reproject"),
-    ):
+    )
+    for change, message in cases:
         rewritten(after, **change)
         with pytest.raises(RequestError, match=message) as caught:
             FolderPairs(folder=folder)
@@ -213,9 +215,9 @@ def test_what_is_invalid_in_a_second_date_never_blends_into_its_neighbours(tmp_p
     opaque = np.full((40, 40), 255, np.uint8)
     image[0, :, 20:] = {"nodata": 7, "NaN": np.nan}.get(mark, 100)
     opaque[:, 20:] = 0
-    kind = {"driver": "GTiff", "height": 40, "width": 40, "crs": UTM, "transform": Affine(5, 0, 500002.5, 0, -5, 5000000)}
-    kind["dtype"] = "uint8" if mark == "alpha" else "float32"
-    more = {"nodata": 7} if mark == "nodata" else {"photometric": "MINISBLACK", "alpha": "yes"} if mark == "alpha" else {}
+    there = {"crs": UTM, "transform": Affine(5, 0, 500002.5, 0, -5, 5000000)}
+    kind = {"driver": "GTiff", "height": 40, "width": 40, "dtype": "uint8" if mark == "alpha" else "float32", **there}
+    more = {"nodata": {"nodata": 7}, "alpha": {"photometric": "MINISBLACK", "alpha": "yes"}}.get(mark, {})
     with (
         rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
         rasterio.open(tmp_path / "after.tif", "w", count=2 + (mark == "alpha"), **kind, **more) as file,
@@ -238,11 +240,11 @@ def test_a_second_date_of_another_reference_system_comes_to_the_same_place(tmp_p
 
     before = ramp(tmp_path / "before.tif", HERE, 20)
     degrees = CRS.from_epsg(4326)
-    (west, *_), (north, *_) = transform(UTM, degrees, [499900.0], [5000100.0])
-    place = Georeference(degrees, Affine(1e-4, 0, west, 0, -1e-4, north))
+    corner = transform(UTM, degrees, [499900.0], [5000100.0])
+    place = Georeference(degrees, Affine(1e-4, 0, corner[0][0], 0, -1e-4, corner[1][0]))
     centres = [place.at(c + 0.5, r + 0.5) for r in range(60) for c in range(60)]
-    east, up = transform(degrees, UTM, [x for x, _ in centres], [y for _, y in centres])
-    values = np.array([east, up]).reshape(2, 60, 60) - np.array([500000, 5000000])[:, None, None]
+    at = transform(degrees, UTM, [x for x, _ in centres], [y for _, y in centres])
+    values = np.array(at[:2]).reshape(2, 60, 60) - np.array([500000, 5000000])[:, None, None]
     write_raster(tmp_path / "after.tif", (values / 1000).astype(np.float32), georeference=place)
     with pytest.raises(RequestError, match="60 x 60"), open_pair(before, tmp_path / "after.tif", bands=[1, 2]):
         pass
@@ -256,10 +258,11 @@ def test_what_cannot_be_brought_together_is_refused(tmp_path) -> None:
     before = ramp(tmp_path / "before.tif", HERE, 8)
     write_raster(tmp_path / "lost.tif", np.ones((2, 8, 8), np.float32))
     far = ramp(tmp_path / "far.tif", Georeference(UTM, Affine(10, 0, 900000, 0, -10, 5000000)), 8)
-    for path, options, message in (
+    cases: tuple[tuple[Path, dict[str, Any], str], ...] = (
         (tmp_path / "lost.tif", {}, "lost.tif: no coordinate reference system"),
         (far, {"fill": 0.0}, "far.tif: fill 0 would blend into the data"),
-    ):
+    )
+    for path, options, message in cases:
         with (
             pytest.raises(RequestError, match=message),
             open_pair(before, path, bands=[1, 2], reproject=True, **options),
