@@ -131,6 +131,7 @@ def _on_runs(add: Callable[..., _Parser]) -> None:
     predict.add_argument("--window", metavar="N", type=int, help="pixels a side (default: as trained)")
     predict.add_argument("--overlap", metavar="N", type=int, help="pixels neighbours share (default: half a window)")
     predict.add_argument("--bands", metavar="N,N", type=_numbers, help="which bands to read, whatever their names")
+    predict.add_argument("--reproject", action="store_true", help="bring a second date to the grid of the first")
     predict.add_argument("--overwrite", action="store_true", help="replace what is there")
     push = add("push", "Upload a finished run, with a model card, to a repository of the Hugging Face Hub.")
     push.add_argument("run", metavar="RUN", type=Path, help="the directory of a finished run")
@@ -213,6 +214,10 @@ def _predict(asked: argparse.Namespace) -> None:
         options["ensemble"] = asked.ensemble
     elif asked.ensemble is not None:
         raise RequestError(f"--ensemble {asked.ensemble:g}: {asked.run} has no zero-shot model to be between")
+    if getattr(trained.task, "dates", 1) > 1:
+        options["reproject"] = asked.reproject
+    elif asked.reproject:
+        raise RequestError(f"--reproject: {asked.run} reads no second date")
     trained.task.predict_files(
         asked.inputs, asked.output, described=trained.described, identity=trained.identity, **options
     )

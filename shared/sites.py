@@ -28,7 +28,8 @@ class Site:
     parameter: the tensor a weight adapter changes, None where the module has none.
     rows: the half-open range of output rows this role owns in a fused projection ("attention.qkv" is the whole one).
     prefix: class and register tokens in front of the grid.  layout: axes of what flows through,
-    "BNC", "BHWC" or "BCHW".  width: its channels.  tags: further names a selection may ask for ("resample").
+    "BNC", "BHWC" or "BCHW".  width: its channels, of what comes out.  inputs: of what goes in (0: the same).
+    tags: further names a selection may ask for ("resample").
     """
 
     role: str
@@ -40,6 +41,7 @@ class Site:
     prefix: int = 0
     layout: str = "BNC"
     width: int = 0
+    inputs: int = 0
     tags: tuple[str, ...] = ()
 
     @property

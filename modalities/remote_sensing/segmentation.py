@@ -31,6 +31,7 @@ class Segmentation(Task):
     """
 
     monitor: ClassVar[str] = "validation/miou"
+    dates: ClassVar[int] = 1  # images of a sample, one after the other along its channels
 
     def __init__(self, model: Adapted, data: Any, optimiser: Optimiser, *, exposure: float = 0.0):
         super().__init__(model, optimiser)
@@ -41,6 +42,9 @@ class Segmentation(Task):
         head: Any = model.head
         if not (hasattr(head, "loss") and hasattr(head, "predict")):
             raise RequestError("segmentation needs a head: LightDecoder, LinearDecoder or Mask2FormerHead")
+        if getattr(head, "dates", 1) != self.dates:
+            many = "two dates" if self.dates == 2 else "one image"
+            raise RequestError(f"head {type(head).__name__}: {type(self).__name__} needs one that reads {many}")
         if head.ignore_index != self.ignore_index:
             raise RequestError(f"head.ignore_index {head.ignore_index}: the data use {self.ignore_index}")
         if head.classes != len(self.classes):
@@ -54,9 +58,18 @@ class Segmentation(Task):
     def head(self) -> Any:
         return self.model.head
 
+    @property
+    def channels(self) -> int:
+        """Of an ``image``."""
+        return self.dates * self.bands
+
+    def forward(self, image: Tensor) -> Any:
+        """What the model says of images (B, channels, H, W)."""
+        return self.model(image)
+
     def outputs(self, batch: dict[str, Any]) -> Any:
         image = reexposed(batch["image"], self.exposure) if self.exposure else batch["image"]
-        return self.model(image)
+        return self(image)
 
     def criterion(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
         mask = batch["mask"]
@@ -78,7 +91,7 @@ class Segmentation(Task):
     def score(self, batch: dict[str, Any], confusion: MulticlassConfusionMatrix, mean_loss: MeanMetric) -> None:
         """Add a batch to these."""
         image, mask = batch["image"], batch["mask"]
-        output = self.model(image)
+        output = self(image)
         scores = self.head.predict(output, mask.shape[1:])
         if not torch.isfinite(scores).all():
             raise WorkError(f"the class scores are not finite on samples {', '.join(batch['name'])}")
@@ -101,14 +114,14 @@ class Segmentation(Task):
     @torch.no_grad()
     def scores(self, image: Tensor) -> Tensor:
         """image (B, bands, H, W), normalised, to class scores (B, classes, H, W), in eval mode."""
-        if image.ndim != 4 or image.shape[1] != self.bands:
-            raise RequestError(f"image of shape {tuple(image.shape)}: the model takes (B, {self.bands}, H, W)")
+        if image.ndim != 4 or image.shape[1] != self.channels:
+            raise RequestError(f"image of shape {tuple(image.shape)}: the model takes (B, {self.channels}, H, W)")
         training, size = self.training, (image.shape[2], image.shape[3])
         if not (training or self.model.training):  # a walk through all modules takes as long as a small window
-            return self.head.predict(self.model(image), size)
+            return self.head.predict(self(image), size)
         self.eval()
         try:
-            return self.head.predict(self.model(image), size)
+            return self.head.predict(self(image), size)
         finally:
             self.train(training)
 
@@ -157,9 +170,9 @@ class Segmentation(Task):
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Refuses, before it reaches the device, a batch that would train or measure wrongly."""
         image, mask, names = batch["image"], batch["mask"], ", ".join(batch["name"])
-        if image.ndim != 4 or image.shape[1] != self.bands or mask.shape != image[:, 0].shape:
+        if image.ndim != 4 or image.shape[1] != self.channels or mask.shape != image[:, 0].shape:
             shapes = f"images {tuple(image.shape)} and masks {tuple(mask.shape)}"
-            raise RequestError(f"samples {names}: {shapes} do not fit {self.bands} bands and each other")
+            raise RequestError(f"samples {names}: {shapes} do not fit {self.channels} bands and each other")
         if image.dtype != (wanted := self.model.dtype):
             raise RequestError(f"samples {names}: images are {image.dtype}, the model computes in {wanted}")
         if not torch.isfinite(image).all():

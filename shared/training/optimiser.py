@@ -28,6 +28,7 @@ class Optimiser:
     betas: decay rates of the first and second moments.
     schedule: "poly" ((1 - t)^power, Chen et al., 2017), "cosine" (Loshchilov & Hutter, 2017) or "constant"; t runs
     from 0 to 1 over the steps after the warm-up.  warmup: steps of linear rise before.  power: of "poly".
+    floor: the least part of the peak rates, at the start and in the end.
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -38,6 +39,7 @@ class Optimiser:
     schedule: Literal["poly", "cosine", "constant"] = "poly"
     warmup: int = 0
     power: float = 0.9
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
         for key in ("learning_rate", "head_learning_rate", "power"):
@@ -46,6 +48,8 @@ class Optimiser:
                 raise RequestError(f"optimiser.{key} {value}: use a number above 0")
         if self.weight_decay < 0 or self.warmup < 0:
             raise RequestError("optimiser: weight_decay and warmup may not be negative")
+        if not 0 <= self.floor <= 1:
+            raise RequestError(f"optimiser.floor {self.floor}: a part of the peak rate, from 0 to 1")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise RequestError(f"optimiser.betas {self.betas}: use two numbers from 0 to below 1")
 
@@ -69,6 +73,9 @@ class Optimiser:
 
     def factor(self, step: int, total_steps: int) -> float:
         """What the peak learning rates are multiplied by at optimiser step ``step`` (0-based)."""
+        return max(self._factor(step, total_steps), self.floor)
+
+    def _factor(self, step: int, total_steps: int) -> float:
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)
         t = min((step - self.warmup) / max(total_steps - self.warmup, 1), 1.0)

@@ -11,5 +11,6 @@ from modalities.images.backbones.sam import Masks as Masks
 from modalities.images.backbones.sam import Prompts as Prompts
 from modalities.images.backbones.sam import SAMEncoder as SAMEncoder
 from modalities.images.backbones.sites import resblock_sites as resblock_sites
+from modalities.images.backbones.timm_hiera import TimmHiera as TimmHiera
 from modalities.images.backbones.timm_resnet import TimmResNet as TimmResNet
 from modalities.images.backbones.timm_vit import TimmViT as TimmViT

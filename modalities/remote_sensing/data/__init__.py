@@ -1,10 +1,12 @@
-"""Labelled scenes for segmentation, read from folders, from Landsat-8 Biome, or generated; and their rasters."""
+"""Labelled scenes for segmentation and pairs for change detection, from folders or generated; and their rasters."""
 
 from modalities.remote_sensing.data.biome import LandsatBiome as LandsatBiome
 from modalities.remote_sensing.data.domains import FolderDomains as FolderDomains
 from modalities.remote_sensing.data.domains import GeneratedDomains as GeneratedDomains
 from modalities.remote_sensing.data.folders import FolderScenes as FolderScenes
 from modalities.remote_sensing.data.generated import GeneratedScenes as GeneratedScenes
+from modalities.remote_sensing.data.generated_pairs import GeneratedPairs as GeneratedPairs
+from modalities.remote_sensing.data.pairs import FolderPairs as FolderPairs
 from modalities.remote_sensing.data.rasters import read_header as read_header
 from modalities.remote_sensing.data.rasters import read_image as read_image
 from modalities.remote_sensing.data.rasters import read_mask as read_mask

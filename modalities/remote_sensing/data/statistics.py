@@ -32,7 +32,10 @@ class Source(Protocol):
     reading: dict[str, Any]
 
     def read(self, index: int, window: Window) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """image float32 (bands, H, W), valid bool (H, W), mask int64 (H, W) of class indices or IGNORE."""
+        """image float32 (bands, H, W), valid bool (H, W), mask int64 (H, W) of class indices or IGNORE.
+
+        A source of several dates gives their bands one date after the other, (dates * bands, H, W).
+        """
         ...
 
 
@@ -51,7 +54,8 @@ def survey(source: Source, index: int, classes: int) -> Survey:
     strip = max(1, 2**20 // width)
     for row in range(0, height, strip):
         image, valid, mask = source.read(index, Window(row, 0, min(strip, height - row), width))
-        moments += Moments.of(image[:, valid])
+        values = image[:, valid]
+        moments += Moments.of(np.concatenate(np.split(values, len(values) // len(source.band_names)), 1))
         pixels += np.bincount(mask.ravel(), minlength=IGNORE + 1)
     if not moments.count:
         raise RequestError(

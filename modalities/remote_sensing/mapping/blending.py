@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modalities.remote_sensing.data.pairs import Pair
 from modalities.remote_sensing.data.rasters import Image, Window
 from modalities.remote_sensing.data.statistics import Normalisation
 from modalities.remote_sensing.mapping.windows import Grid, Panel
@@ -33,7 +34,7 @@ class Blender:
     """
 
     def __init__(
-        self, scores: Scores, image: Image, normalisation: Normalisation, grid: Grid, classes: int, batch: int
+        self, scores: Scores, image: Image | Pair, normalisation: Normalisation, grid: Grid, classes: int, batch: int
     ):  # fmt: skip
         self.scores, self.image, self.normalisation = scores, image, normalisation
         self.grid, self.classes, self.batch = grid, classes, batch

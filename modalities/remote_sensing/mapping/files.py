@@ -18,12 +18,14 @@ from shared.errors import RequestError, WorkError
 
 
 def map_files(
-    scores: Scores, feed: Feed, inputs: Sequence[Path], output: Path, *, kind: str | None = None, **options: Any
-) -> list[Mapped]:
+    scores: Scores, feed: Feed, inputs: Sequence[Path], output: Path, *, kind: str | None = None,
+    after: Path | None = None, **options: Any,
+) -> list[Mapped]:  # fmt: skip
     """Map every raster of ``inputs`` (files, and folders as ``rasters_below`` searches them) and say what each became.
 
     output: a file, for one raster; else a folder, which is made where it is missing and repeats the folders of the
     inputs.  kind: the ``output`` of ``map_raster`` ("polygons" where ``output`` is a .geojson, else "classes").
+    after: the second date of the one input: a file for a file, a folder with the same names for a folder.
     options: further arguments of ``map_raster``.
 
     Raises RequestError before anything is written where inputs and outputs do not fit together. A single raster raises
@@ -31,11 +33,15 @@ def map_files(
     """
     kind = kind or ("polygons" if output.suffix.lower() in SUFFIXES["polygons"] else "classes")
     pairs = targets(inputs, output, kind)
+    later = {} if after is None else second_dates(inputs[0], after, [source for source, _ in pairs])
     done, failed = [], []
     with _progress(len(pairs)) as track:
         for source, target in pairs:
             try:
-                found = map_raster(scores, source, target, feed, output=kind, tick=track(source), **options)
+                second = later.get(source)
+                found = map_raster(
+                    scores, source, target, feed, output=kind, tick=track(source), after=second, **options
+                )
             except (RequestError, WorkError) as error:
                 if len(pairs) == 1:
                     raise
@@ -66,6 +72,17 @@ def targets(inputs: Sequence[Path], output: Path, kind: str) -> list[tuple[Path,
         if target.exists() and any(target.samefile(source) for source in found.values()):
             raise RequestError(f"{target}: a result would overwrite an input; choose another folder")
     return [(source, target) for target, source in found.items()]
+
+
+def second_dates(before: Path, after: Path, sources: Sequence[Path]) -> dict[Path, Path]:
+    """The second date of each source: ``after``, or the file of its name there. Raises RequestError for one without."""
+    if not before.is_dir():
+        return dict.fromkeys(sources, after)
+    there = {path.relative_to(after).with_suffix(""): path for path in rasters_below(after)}
+    names = {source: source.relative_to(before).with_suffix("") for source in sources}
+    if alone := [source for source, name in names.items() if name not in there]:
+        raise RequestError(f"{alone[0]} has no second date: {after / names[alone[0]]}.* is missing")
+    return {source: there[name] for source, name in names.items()}
 
 
 def _rasters(path: Path, output: Path) -> list[tuple[Path, Path]]:

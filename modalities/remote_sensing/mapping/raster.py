@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from modalities.remote_sensing.data.pairs import Pair, check_grid, of_two_dates, open_pair
 from modalities.remote_sensing.data.rasters import Header, Image, check_name, open_image, quiet, read_header
 from modalities.remote_sensing.data.statistics import IGNORE
 from modalities.remote_sensing.mapping import geotiff, polygons
@@ -56,6 +57,8 @@ def map_raster(
     overlap: int | None = None,
     batch: int = 8,
     bands: Sequence[int] | None = None,
+    after: str | Path | None = None,
+    reproject: bool = False,
     overwrite: bool = False,
     identity: Mapping[str, Any] | None = None,
     tick: Tick | None = None,
@@ -69,6 +72,8 @@ def map_raster(
     window: pixels along a side (as trained if None).  overlap: pixels that neighbours share, at most half of the window
         (half of it if None); see ``windows.cut`` for how they blend.  batch: windows the model is given at once.
     bands: numbers of the bands to read, where the file's own names or count would mislead (see ``Feed.numbers``).
+    after: the raster of the second date, for models that compare two; the images then hold the bands of ``source`` and
+        those of ``after``.  reproject: read it on the grid of ``source`` (see ``data.pairs.open_pair``).
     identity: JSON-able facts that tell the model from any other; a prediction that was cut off goes on only with equal
         ones, and a target that was made with them is left as it is unless ``overwrite``.
     tick: called with what is being done ("predicting", "writing" or "tracing"), how much is done, and of how much.
@@ -80,13 +85,22 @@ def map_raster(
     cannot be read or does not fit, holds no valid pixel or breaks off, and for a target that is an input or exists;
     WorkError where the model's scores are not finite or the disk is full.
     """
-    job = _job(Path(source), Path(target), feed, output, window, overlap, batch, bands, identity)
+    second = None if after is None else _Second(Path(after), reproject)
+    job = _job(Path(source), Path(target), feed, output, window, overlap, batch, bands, identity, second)
     if job.target.exists() and not overwrite:
         if (polygons if output == "polygons" else geotiff).read_digest(job.target) != job.digest:
             raise RequestError(f"{target} exists and is another prediction or none; rename it, or ask to overwrite it")
         clear(job.target)
         return Mapped(job.target, job.header.height, job.header.width)
     return _run(job, scores, feed, batch, tick or (lambda *_: None))
+
+
+class _Second(NamedTuple):
+    """The raster of a second date. numbers: of its bands to read."""
+
+    path: Path
+    reproject: bool
+    numbers: Sequence[int] = ()
 
 
 class _Job(NamedTuple):
@@ -98,6 +112,7 @@ class _Job(NamedTuple):
     numbers: list[int]
     grid: Grid
     settings: dict[str, Any]
+    second: _Second | None
 
     @property
     def digest(self) -> str:
@@ -106,7 +121,7 @@ class _Job(NamedTuple):
 
 def _job(
     source: Path, target: Path, feed: Feed, output: str, window: int | None, overlap: int | None, batch: int,
-    bands: Sequence[int] | None, identity: Mapping[str, Any] | None,
+    bands: Sequence[int] | None, identity: Mapping[str, Any] | None, second: _Second | None,
 ) -> _Job:  # fmt: skip
     if batch < 1:
         raise RequestError(f"batch {batch}: at least 1 window")
@@ -115,17 +130,37 @@ def _job(
     numbers = feed.numbers(header, bands)
     window = feed.window if window is None else window
     windows = grid(header.height, header.width, window, overlap, BUFFER // (4 * len(feed.classes)))
-    state = source.stat()
     settings = {
         "format": 1,
-        "source": [str(source.resolve()), state.st_size, state.st_mtime_ns],
+        "source": _state(source),
         "feed": asdict(feed),
         "bands": numbers,
         "output": "probabilities" if output == "probabilities" else "classes",
         "windows": [window, windows.overlap, len(windows.panels), batch],
         "model": dict(identity or {}),
     }
-    return _Job(header, target, output, numbers, windows, settings)
+    if second is not None:
+        second = _second(second, header, target, feed, bands)
+        settings["after"] = [*_state(second.path), *second.numbers, second.reproject]
+    return _Job(header, target, output, numbers, windows, settings, second)
+
+
+def _second(
+    second: _Second, header: Header, target: Path, feed: Feed, bands: Sequence[int] | None
+) -> _Second:  # fmt: skip
+    """With the bands to read; refused where it does not fit the first date."""
+    later = read_header(second.path, layout=feed.layout)
+    if target.exists() and target.samefile(second.path):
+        raise RequestError(f"{target}: the result would overwrite its own input")
+    if not second.reproject:
+        check_grid(header, later)
+    return second._replace(numbers=feed.numbers(later, bands))
+
+
+def _state(path: Path) -> list[Any]:
+    """A file, and what changes when it does."""
+    found = path.stat()
+    return [str(path.resolve()), found.st_size, found.st_mtime_ns]
 
 
 def _run(job: _Job, scores: Scores, feed: Feed, batch: int, say: Tick) -> Mapped:
@@ -133,8 +168,9 @@ def _run(job: _Job, scores: Scores, feed: Feed, batch: int, say: Tick) -> Mapped
     depth, dtype = (len(feed.classes), "float32") if shares else (1, "uint8")
     with partial(job.target, job.settings, job.grid, depth, dtype) as (folder, strips):
         resumed = strips.count > 0
-        with _opened(header.path, job.numbers, feed) as image:
-            blender = Blender(scores, image, feed.normalisation, job.grid, len(feed.classes), batch)
+        normalisation = feed.normalisation if job.second is None else of_two_dates(feed.normalisation)
+        with _opened(job, feed) as image:
+            blender = Blender(scores, image, normalisation, job.grid, len(feed.classes), batch)
             for strip in blender.strips(strips.count, lambda done: say("predicting", done, job.grid.windows)):
                 strips.append(_shares(strip) if shares else _classes(strip))
         path, pixels = _written(job, folder, strips, feed.classes, say)
@@ -167,13 +203,17 @@ def has_crs(header: Header) -> bool:
 
 
 @contextmanager
-def _opened(source: Path, numbers: list[int], feed: Feed) -> Iterator[Image]:
-    with (
-        quiet() as rasterio,
-        rasterio.Env(GDAL_CACHEMAX=CACHE),
-        open_image(source, bands=numbers, layout=feed.layout, fill=feed.fill) as image,
-    ):
+def _opened(job: _Job, feed: Feed) -> Iterator[Image | Pair]:
+    with quiet() as rasterio, rasterio.Env(GDAL_CACHEMAX=CACHE), _reading(job, feed) as image:
         yield image
+
+
+def _reading(job: _Job, feed: Feed) -> AbstractContextManager[Image | Pair]:
+    source, second = job.header.path, job.second
+    reading: dict[str, Any] = {"bands": job.numbers, "layout": feed.layout, "fill": feed.fill}
+    if second is None:
+        return open_image(source, **reading)
+    return open_pair(source, second.path, after_bands=second.numbers, reproject=second.reproject, **reading)
 
 
 def _classes(strip: Strip) -> np.ndarray:

@@ -53,6 +53,14 @@ def test_schedules(schedule, formula) -> None:
     assert rates(Optimiser(learning_rate=1e-3, schedule=schedule), 8) == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_floor_holds_at_the_start_and_in_the_end() -> None:
+    """The schedule of PeftCD: linear warm-up, then (1 - t)^3, never below a tenth."""
+    optimiser = Optimiser(learning_rate=3e-4, schedule="poly", power=3, warmup=3000, floor=0.1)
+    found = [optimiser.factor(step, 15000) for step in (0, 1500, 3000, 9000, 15000)]
+    assert found == pytest.approx([0.1, 0.5, 1.0, 0.125, 0.1], rel=1e-3)
+    assert Optimiser(schedule="constant").factor(7, 10) == 1.0
+
+
 def test_norms_biases_and_embeddings_do_not_decay_and_the_head_has_its_rate() -> None:
     backbone = nn.Sequential(nn.Linear(4, 4))
     adapted = adapt(backbone, LoRA(rank=2, roles=("linear",)), head=Embedded(), sites=describe(backbone))
@@ -89,6 +97,8 @@ def test_what_is_wrong_is_said() -> None:
         Optimiser(learning_rate=0)
     with pytest.raises(RequestError, match=r"optimiser.betas"):
         Optimiser(betas=(0.9, 1.0))
+    with pytest.raises(RequestError, match=r"optimiser.floor 2: a part of the peak rate"):
+        Optimiser(floor=2)
     with pytest.raises(RequestError, match="warmup 10: the whole training has 10 steps"):
         Optimiser(warmup=10).build(model(), 10)
     with pytest.raises(RequestError, match="no trainable parameter"):
