@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from modalities.images.adapter_shadow import AdapterShadow, focal_loss, grid_points, weighted_cross_entropy
 from shared import Site
 from shared.adapted import Adapted
-from shared.host import attach
+from shared.attaching import attach
 
 
 def replay(case: dict[str, np.ndarray], meta: dict[str, Any]) -> dict[str, tuple[Tensor, np.ndarray]]:
