@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 import pytest
@@ -291,13 +292,15 @@ def test_a_cache_that_a_try_would_change_is_left_alone() -> None:
 
 
 def test_an_adapter_costs_its_parameters_and_nothing_more() -> None:
-    def held() -> int:
+    def held() -> dict[int, int]:
+        """Bytes by address of all tensors that hold memory of their own."""
         gc.collect()
         storages = {}
         for thing in gc.get_objects():
-            if issubclass(type(thing), Tensor) and thing.device.type == "cpu":
-                storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-        return sum(storages.values())
+            if type(thing) in (Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
+                with contextlib.suppress(RuntimeError):  # those that a compiler left behind have none
+                    storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        return storages
 
     inputs, method = images(8), METHODS["LoRA"]
     model = model_of({f"a{i}": method for i in range(2)})
@@ -312,5 +315,4 @@ def test_an_adapter_costs_its_parameters_and_nothing_more() -> None:
         filled(model)
         model(*inputs, adapters=[f"a{i}" for i in range(8)])
         assert model.state.by_rows == "in one forward"
-        assert held() - before <= 6 * size
-        assert held() - before >= 6 * size
+        assert sum(held_bytes for at, held_bytes in held().items() if at not in before) == 6 * size
