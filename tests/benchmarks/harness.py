@@ -130,7 +130,7 @@ def line(row: Row) -> str:
         "" if row.target is None else f"  {'≤' if row.below else '≥'} {row.target:g}  {'yes' if row.reached else 'NO'}"
     )
     return (
-        f"{row.case:44} {row.measure:28} {row.value:9.3f} [{row.low:.3f}, {row.high:.3f}]{asked}  {row.note}".rstrip()
+        f"{row.case:56} {row.measure:44} {row.value:9.3f} [{row.low:.3f}, {row.high:.3f}]{asked}  {row.note}".rstrip()
     )
 
 
