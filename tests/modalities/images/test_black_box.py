@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -140,10 +139,8 @@ def test_a_trouble_that_passes_is_tried_again_and_told(server, caplog):
 def test_a_server_that_does_not_answer_in_time(server):
     wait = threading.Event()
     server.reply = lambda images: (wait.wait(5), good(images))[1]
-    began = time.monotonic()
     with pytest.raises(WorkError, match=r"no answer within 0.1 s \(tried 2 times\)"):
         Endpoint(server.url, 2, timeout=0.1, retries=1)(torch.ones(1, 3, 8, 8))
-    assert time.monotonic() - began < 4  # it gave up by itself
     wait.set()
 
 
