@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,12 +13,11 @@ from modalities.images.backbones.inputs import (
     byte_statistics,
     check_image,
     check_multiple,
-    fit_bands,
     library,
     nearest,
 )
 from modalities.images.backbones.sites import QKV
-from modalities.images.backbones.timm_hub import HUB_FILES, repository
+from modalities.images.backbones.timm_hub import load
 from shared import weights as w
 from shared.backbone import Backbone, Features
 from shared.errors import RequestError
@@ -70,7 +70,10 @@ class TimmHiera(Backbone):
         self.channels = tuple(stage["num_chs"] for stage in self.model.feature_info)
         self.step = max(4 * self.model.window_spec[0], 4 * 2 ** len(self.model.q_pool_blocks))
         self.statistics = byte_statistics(self.model.pretrained_cfg, bands)
-        self.source = _load(self.model, name, bands, checkpoint) if weights == "pretrained" else f"random (seed {seed})"
+        self.source = f"random (seed {seed})"
+        if weights == "pretrained":
+            renamed = partial(_renamed, self.model)
+            self.source = load(self.model, name, bands, checkpoint, entry=ENTRY, renamed=renamed)
 
     def forward(self, image: Tensor) -> Features:
         """image (B, bands, H, W) to maps (B, channels[s], H / 2^(s+2), W / 2^(s+2))."""
@@ -111,20 +114,12 @@ def _create(name: str, bands: int, model_args: dict[str, Any]) -> Any:
     return model
 
 
-def _load(model: Any, name: str, bands: int, checkpoint: str | None) -> str:
-    """Fill the model from a file or the hub and say which; on the meta device nothing is read."""
-    source = f"file: {checkpoint}" if checkpoint is not None else f"timm hub: {repository(name)}"
-    if w.is_meta(model):
-        return f"{source} (not loaded: meta device)"
-    state = w.read(checkpoint if checkpoint is not None else w.fetch(name, repository(name), HUB_FILES))
+def _renamed(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's tensors, or the encoder's of a whole SAM 2 file, without a head."""
     if any(key.startswith(OFFICIAL) for key in state):
         state = {key.removeprefix(OFFICIAL): tensor for key, tensor in state.items() if key.startswith(OFFICIAL)}
     state = library("timm.models.hieradet_sam2").checkpoint_filter_fn(state, model)
-    state = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
-    if ENTRY in state:
-        state[ENTRY] = fit_bands(state[ENTRY], bands, source)
-    w.fill(model, state, name, source)
-    return source
+    return {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
 
 
 def _sites(backbone: TimmHiera) -> Iterator[Site]:
