@@ -171,7 +171,12 @@ class CloudAdapter(Method):
                 raise RequestError(f"CloudAdapter {name} {value}: use at least 1")
 
     def sites(self, sites: Sites) -> Sites:
-        return sites.select("model") + sites.select("block", self.depth)
+        blocks = sites.select("block", self.depth)
+        if other := [site for site in blocks if site.layout != "BNC"]:
+            raise RequestError(
+                f"CloudAdapter acts on tokens (BNC); {other[0].key} of {sites.owner} has {other[0].layout}"
+            )
+        return sites.select("model") + blocks
 
     def build_all(self, sites: Sites) -> dict[str, Adapter | WeightAdapter]:
         whole, *blocks = sites

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modalities.images.backbones import TimmViT
+from modalities.images.backbones import SAMEncoder, TimmViT
 from modalities.remote_sensing.cloud_adapter import CloudAdapter, Interact, SpatialPerception, load_official
 from shared import RequestError, adapt, store, trainable
 from shared.adapted import Adapted
@@ -212,3 +212,8 @@ def test_released_weights_that_do_not_fit_are_refused(tmp_path) -> None:
 def test_impossible_settings(bad) -> None:
     with pytest.raises(RequestError, match="use at least 1"):
         CloudAdapter(**bad)
+
+
+def test_blocks_of_maps_are_refused_in_words() -> None:
+    with pytest.raises(RequestError, match=r"CloudAdapter acts on tokens \(BNC\); .* has BHWC"):
+        adapt(SAMEncoder(3, size="tiny", weights="random"), CloudAdapter())
