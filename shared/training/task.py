@@ -16,6 +16,7 @@ from torchmetrics import Metric
 
 from shared.adapted import Adapted
 from shared.errors import RequestError, WorkError
+from shared.generating import Made, Wanted
 from shared.training.feed import PREPARE, seed_all
 from shared.training.optimiser import Optimiser
 from shared.training.sharded import Sharded, like, whole
@@ -109,6 +110,13 @@ class Task(LightningModule):
         described: what the data it was trained on said of themselves.  identity: what tells this model from others.
         """
         raise RequestError(f"{type(self).__name__} does not predict for files")
+
+    def generate(self, wanted: Wanted, *, progress: Callable[[int, int], None]) -> Made:
+        """Make what is wanted. progress: told the steps that are done, and how many there will be.
+
+        Raises RequestError where something is wanted that this task does not make.
+        """
+        raise RequestError(f"{type(self).__name__} does not generate")
 
     # -- training --------------------------------------------------------------------------------------------------
 
