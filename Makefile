@@ -15,7 +15,13 @@ install: .venv/installed
 demo: install
 	$(BIN)/omniadapt compare quickstart --methods probe,lora,cloud_adapter,full --seeds 0,1
 
-test: install
+# AdapterHub's library asks for an older transformers than ours, so its tests have an environment beside.
+.venv/adapterhub/installed: .venv/installed
+	$(BIN)/python -m venv --without-pip .venv/adapterhub
+	PATH="$$PATH:$(CURDIR)/$(BIN)" uv pip install --python .venv/adapterhub/bin/python adapters==1.3.0 transformers==4.57.6 $$(grep '^torch==' constraints.txt)
+	touch $@
+
+test: install .venv/adapterhub/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: install

@@ -145,7 +145,8 @@ def _on_runs(add: Callable[..., _Parser]) -> None:
     export = add("export", "Write a finished run's adapter as other libraries read it.")
     export.add_argument("run", metavar="RUN", type=Path, help="the directory of a finished run, or hf://owner/name")
     export.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="a folder for its files")
-    export.add_argument("--as", dest="kind", choices=("peft", "kohya", "diffusers"), required=True, help="the format")
+    formats = ("peft", "kohya", "diffusers", "adapterhub")
+    export.add_argument("--as", dest="kind", choices=formats, required=True, help="the format")
     export.add_argument("--prefix", metavar="TEXT", help="what stands before the layers' names, such as model.")
 
 

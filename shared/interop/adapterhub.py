@@ -2,17 +2,21 @@
 
 Its settings choose where the bottleneck reads, where its residual comes from and whether the norm follows; those that
 BERT and RoBERTa's usual adapters have (Houlsby's, Pfeiffer's, the parallel one, and one behind the norm) become a
-``BertBottleneck``. All others are refused, and so are its further kinds (invertible, Compacter, prefixes, LoRA).
+``BertBottleneck``, and are written from one. All others are refused, and so are its further kinds (invertible,
+Compacter, prefixes, LoRA).
 """
 
 from __future__ import annotations
 
+import io
+import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from shared.errors import RequestError
@@ -44,11 +48,12 @@ FIXED: dict[str, Any] = {
     "ln_before": False, "ln_after": False, "use_gating": False, "phm_layer": False, "inv_adapter": None,
     "invertible_adapter": None, "cross_adapter": False, "stochastic_depth": 0.0,
 }  # fmt: skip
-# (is_parallel, original_ln_before, original_ln_after, residual_before_ln) to our place.
-PLACES = {
-    (False, False, True, True): "houlsby", (False, False, True, False): "houlsby",
-    (False, True, True, True): "pfeiffer", (False, True, False, False): "normed",
+# Our place as (is_parallel, original_ln_before, original_ln_after, residual_before_ln).
+WRITTEN = {
+    "houlsby": (False, False, True, True), "pfeiffer": (False, True, True, True),
+    "normed": (False, True, False, False), "parallel": (True, False, True, True),
 }  # fmt: skip
+PLACES = {asked: place for place, asked in WRITTEN.items()} | {(False, False, True, False): "houlsby"}
 
 
 def read(folder: Path, backbone: nn.Module, skip: tuple[str, ...]) -> tuple[Method, dict[str, Tensor]]:
@@ -84,12 +89,15 @@ def read(folder: Path, backbone: nn.Module, skip: tuple[str, ...]) -> tuple[Meth
 
 
 def _shape_of(backbone: nn.Module, where: str) -> tuple[int, int]:
+    config = _config(backbone, where)
+    return config.num_hidden_layers, config.hidden_size
+
+
+def _config(backbone: nn.Module, where: str) -> Any:
     config = getattr(getattr(backbone, "model", backbone), "config", None)
     if getattr(config, "model_type", None) not in ("bert", "roberta", "xlm-roberta"):
-        raise RequestError(
-            f"{where}: AdapterHub's adapters are read for BERT and RoBERTa, not {type(backbone).__name__}"
-        )
-    return config.num_hidden_layers, config.hidden_size  # type: ignore[union-attr]
+        raise RequestError(f"{where}: AdapterHub's bottlenecks are for BERT and RoBERTa, not {type(backbone).__name__}")
+    return config
 
 
 def _parts(config: Mapping[str, Any], where: str) -> list[str]:
@@ -165,3 +173,63 @@ def _state(
             tensors["up.weight"], tensors["up.bias"] = tensors["up.weight"] * scale[:, None], tensors["up.bias"] * scale
         state |= {f"{key}.branch.{name}": tensor for name, tensor in tensors.items()}
     return state
+
+
+def write(model: Any, prefix: str | None) -> dict[str, bytes]:
+    """The files of the active ``BertBottleneck``, by name; ``prefix`` (None: none) stands before "encoder.layer".
+
+    Raises RequestError where anything else is active, or the bottleneck at another strength than 1.
+    """
+    what = "an AdapterHub folder"
+    config = _config(model.backbone, what)
+    active = model.state.active
+    method = model.methods[active[0][0]] if active else None
+    if len(active) != 1 or not isinstance(method, BertBottleneck):
+        raise RequestError(f"{what} holds one BertBottleneck; active here: {', '.join(model.active) or 'none'}")
+    name, strength = active[0]
+    if strength != 1:
+        raise RequestError(f"{what} holds a bottleneck at strength 1; {name!r} is active at {strength:g}")
+    tensors = _named(model.bank[name], name, prefix or "")
+    file = io.BytesIO()
+    torch.save(tensors, file)
+    whole = {
+        "config": _settings(method, sorted({int(KEY.fullmatch(n)["block"]) for n in tensors}), config),  # type: ignore[index]
+        "hidden_size": config.hidden_size, "model_class": type(model.backbone.model).__name__, "model_name": "",
+        "model_type": config.model_type, "name": name, "version": "adapters.1.3.0",
+    }  # fmt: skip
+    return {CONFIG: (json.dumps(whole, indent=2, sort_keys=True) + "\n").encode(), FILES[0]: file.getvalue()}
+
+
+def _settings(method: BertBottleneck, blocks: list[int], config: Any) -> dict[str, Any]:
+    """The library's settings of a bottleneck in these blocks."""
+    names = ("is_parallel", "original_ln_before", "original_ln_after", "residual_before_ln")
+    factors = {block: _factor(config.hidden_size, width) for block, width in method.widths.items()}
+    common = _factor(config.hidden_size, method.width)
+    return {
+        **dict.fromkeys(("adapter_residual_before_ln", "ln_before", "ln_after", "use_gating"), False),
+        **dict.fromkeys(("phm_layer", "cross_adapter"), False), "inv_adapter": None,
+        "inv_adapter_reduction_factor": None, "init_weights": "bert", "stochastic_depth": 0.0,
+        **dict(zip(names, WRITTEN[method.place], strict=True)), "dropout": method.dropout, "scaling": method.scale,
+        "mh_adapter": "attention" in method.parts, "output_adapter": "mlp" in method.parts,
+        "non_linearity": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == method.activation),
+        "reduction_factor": {**factors, "default": common} if factors else common,
+        "leave_out": [block for block in range(config.num_hidden_layers) if block not in blocks],
+    }  # fmt: skip
+
+
+def _factor(width: int, inner: int) -> int | float:
+    """By which the library divides the model's width, rounding down, to have the inner one."""
+    return width // inner if width // (width // inner) == inner else width / (inner + 0.5)
+
+
+def _named(bank: Any, name: str, prefix: str) -> dict[str, Tensor]:
+    """The adapter's tensors as the library names them."""
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in bank.state_dict().items():
+        path, _, ours = key.replace("/", ".").rpartition(".branch.")
+        found = re.search(r"layer\.(\d+)\.(attention\.output|output)", path)
+        stem, _, kind = ours.partition(".")
+        theirs = {"down": "adapter_down.0.", "up": "adapter_up.", "scale": "scaling"}[stem] + kind
+        tensor = tensor.detach().cpu().reshape(1) if stem == "scale" else tensor.detach().cpu().contiguous()
+        tensors[f"{prefix}encoder.layer.{found[1]}.{found[2]}.adapters.{name}.{theirs}"] = tensor  # type: ignore[index]
+    return tensors

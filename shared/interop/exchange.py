@@ -15,7 +15,7 @@ from shared.method import Method
 from shared.store import read_header, write_atomically
 
 READERS = {"peft": peft.read, "kohya": kohya.read, "diffusers": diffusers.read, "adapterhub": adapterhub.read}
-WRITERS = {"peft": peft.write, "kohya": kohya.write, "diffusers": diffusers.write}
+WRITERS = {"peft": peft.write, "kohya": kohya.write, "diffusers": diffusers.write, "adapterhub": adapterhub.write}
 
 
 def import_adapter(
@@ -115,11 +115,12 @@ def export_adapter(model: Adapted, folder: str | os.PathLike, *, format: str, pr
     """Write the active adapters into ``folder`` as another library reads them, and give the files.
 
     Several adapters, and those of rows of a fused projection, become one change of added rank. A head stays behind.
-    format: "peft" (``adapter_config.json``, ``adapter_model.safetensors``), "kohya" (``lora.safetensors``) or
-    "diffusers" (``pytorch_lora_weights.safetensors``).
+    format: "peft" (``adapter_config.json``, ``adapter_model.safetensors``), "kohya" (``lora.safetensors``),
+    "diffusers" (``pytorch_lora_weights.safetensors``) or, for a ``BertBottleneck``, "adapterhub"
+    (``adapter_config.json``, ``pytorch_adapter.bin``).
     prefix: what stands before the layers' names. None: for peft that of the library's model with its head, where the
     backbone has one ("model." of a LLaMA with ``lm_head``); for kohya "lora_unet_", "lora_te_" or, for any other
-    model, "lycoris_"; for diffusers "unet.".
+    model, "lycoris_"; for diffusers "unet."; for adapterhub none.
 
     Raises RequestError where an adapter is none the format can hold, nothing is active, or a file is there already;
     nothing is written then.
