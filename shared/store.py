@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import stat
@@ -70,29 +71,41 @@ def read_header(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     with _opened(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or not 2 <= length <= size - 8:
-            raise RequestError(f"{path}: cut short or not a safetensors file ({size} bytes)")
-        try:
-            entries = json.loads(file.read(length))
-            metadata = entries.pop("__metadata__", {})
-            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-            tensors = {name: {"dtype": e["dtype"], "shape": tuple(e["shape"])} for name, e in sorted(entries.items())}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            raise RequestError(f"{path}: not a safetensors file (its header does not parse)") from error
+        return _parsed(path, os.fstat(file.fileno()).st_size, file.read)
+
+
+def _parsed(path: Path, size: int, read: Callable[[int], bytes]) -> dict[str, Any]:
+    """``read_header`` of a file of ``size`` bytes, from its beginning."""
+    start = read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or not 2 <= length <= size - 8:
+        raise RequestError(f"{path}: cut short or not a safetensors file ({size} bytes)")
+    try:
+        entries = json.loads(read(length))
+        metadata = entries.pop("__metadata__", {})
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        tensors = {name: {"dtype": e["dtype"], "shape": tuple(e["shape"])} for name, e in sorted(entries.items())}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise RequestError(f"{path}: not a safetensors file (its header does not parse)") from error
     if size != 8 + length + end:
         raise RequestError(f"{path}: cut short: {size} bytes where its header promises {8 + length + end}")
     return {**_header(path, metadata), "tensors": tensors}
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors and the header of an adapter file; errors as ``read_header``."""
-    from safetensors.torch import load_file
+    """All tensors and the header of an adapter file, read at one go; errors as ``read_header``."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
-    header = read_header(path)
-    return masks.unpack(load_file(path), header.pop("masked", {}), str(path)), header
+    path = Path(path)
+    with _opened(path) as file:
+        data = file.read()
+    header = _parsed(path, len(data), io.BytesIO(data).read)
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        raise RequestError(f"{path}: not a safetensors file ({error})") from error
+    return masks.unpack(tensors, header.pop("masked", {}), str(path)), header
 
 
 def _opened(path: Path) -> IO[bytes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,23 +10,49 @@ from torch import Tensor, nn
 
 from shared.errors import RequestError
 
+Modules = Iterable[tuple[str, nn.Module]]
+
 
 def parameters(model: Any) -> dict[str, nn.Parameter]:
     """``adapter.<name>.<site>.<tensor>``, ``head.<tensor>``, ``backbone.<tensor>``: those that take gradients."""
-    return {n: p for n, p in _small(model).items() if p.requires_grad} | _unfrozen(model)
+    small = _parameters(_adapters(model)) | _parameters(_head(model))
+    return {n: p for n, p in small.items() if p.requires_grad} | _unfrozen(model)
+
+
+def _adapters(model: Any) -> list[tuple[str, Any]]:
+    """The modules of the active adapters, each once, by name. Those of others, however many, cost nothing."""
+    active, seen = set(model.active), set()
+    found = [(f"adapter.{name}", bank) for name, bank in model.bank._modules.items() if name in active]
+    return [pair for name, bank in found for pair in bank.named_modules(seen, name)]
+
+
+def _head(model: Any) -> list[tuple[str, nn.Module]]:
+    return [] if model.head is None else list(model.head.named_modules(prefix="head"))
+
+
+def _parameters(modules: Modules) -> dict[str, nn.Parameter]:
+    """Each once, under its first name."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for path, module in modules:
+        for name, p in module._parameters.items():
+            if p is not None:
+                found.setdefault(id(p), (f"{path}.{name}", p))
+    return dict(found.values())
+
+
+def _buffers(modules: Modules) -> dict[str, Tensor]:
+    """Each once, under its first name, but for those that are rebuilt (not persistent)."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for path, module in modules:
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found.setdefault(id(buffer), (f"{path}.{name}", buffer))
+    return dict(found.values())
 
 
 def _unfrozen(model: Any) -> dict[str, nn.Parameter]:
-    return {f"backbone.{n}": p for n, p in model.backbone.named_parameters() if p.requires_grad}
-
-
-def _small(model: Any) -> dict[str, nn.Parameter]:
-    """All parameters of the active adapters and the head."""
-    active = set(model.active)
-    found = {f"adapter.{n}": p for n, p in model.bank.named_parameters() if n.partition(".")[0] in active}
-    if model.head is not None:
-        found |= {f"head.{n}": p for n, p in model.head.named_parameters()}
-    return found
+    whole = model.backbone.named_modules(prefix="backbone")
+    return {name: p for name, p in _parameters(whole).items() if p.requires_grad}
 
 
 def groups(model: Any) -> list[dict[str, Any]]:
@@ -53,25 +79,16 @@ def state(model: Any) -> dict[str, Tensor]:
 
     Of adapters and head that somebody froze too: a file must hold them whole.
     """
-    active = set(model.active)
-    found: dict[str, Tensor] = {n: p.detach() for n, p in (_small(model) | _unfrozen(model)).items()}
-    found |= {f"adapter.{n}": b for n, b in _buffers(model.bank).items() if n.partition(".")[0] in active}
-    if model.head is not None:
-        found |= {f"head.{n}": b for n, b in _buffers(model.head).items()}
-    if any(n.startswith("backbone.") for n in found):
-        found |= {f"backbone.{n}": b for n, b in _buffers(model.backbone).items()}
-    return found
+    return _state(model, _adapters(model))
 
 
-def _buffers(root: nn.Module) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for path, module in root.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in seen:
-                seen.add(id(buffer))
-                found[f"{path}.{name}".lstrip(".")] = buffer
-    return found
+def _state(model: Any, adapters: Modules) -> dict[str, Tensor]:
+    head, unfrozen = _head(model), _unfrozen(model)
+    trained = _parameters(adapters) | _parameters(head) | unfrozen
+    buffers = _buffers(adapters) | _buffers(head)
+    if unfrozen:
+        buffers |= _buffers(model.backbone.named_modules(prefix="backbone"))
+    return {name: p.detach() for name, p in trained.items()} | buffers
 
 
 def load(model: Any, given: Mapping[str, Tensor], source: str) -> None:
@@ -79,7 +96,8 @@ def load(model: Any, given: Mapping[str, Tensor], source: str) -> None:
 
     Raises RequestError that says how many fit where a name is missing or unknown, or a shape is another.
     """
-    mine, ranks = state(model), _ranks(model, given)
+    adapters = _adapters(model)
+    mine, ranks = _state(model, adapters), _ranks(adapters, given)
     fitting = {n: t.shape for n, t in mine.items()}
     for prefix, module, rank in ranks:
         names = [f"{prefix}{n}" for n in module.ranked if f"{prefix}{n}" in mine]
@@ -100,15 +118,14 @@ def load(model: Any, given: Mapping[str, Tensor], source: str) -> None:
         module.resize(rank)
     mine = state(model) if ranks else mine
     with torch.no_grad():
-        for name, tensor in given.items():
-            mine[name].copy_(tensor)
+        torch._foreach_copy_([mine[name] for name in given], list(given.values()))  # type: ignore[reportPrivateImportUsage]
 
 
-def _ranks(model: Any, given: Mapping[str, Tensor]) -> list[tuple[str, Any, int]]:
-    """The active adapters with ranked tensors, by the prefix of their names, and the rank that the given ones have."""
+def _ranks(adapters: list[tuple[str, Any]], given: Mapping[str, Tensor]) -> list[tuple[str, Any, int]]:
+    """The modules with ranked tensors, by the prefix of their names, and the rank that the given ones have."""
     found = []
-    for path, module in model.bank.named_modules():
-        first = given.get(f"adapter.{path}.{module.ranked[0]}") if getattr(module, "ranked", ()) else None
-        if first is not None and path.partition(".")[0] in model.active and first.ndim and len(first):
-            found.append((f"adapter.{path}.", module, len(first)))
+    for path, module in adapters:
+        first = given.get(f"{path}.{module.ranked[0]}") if getattr(module, "ranked", ()) else None
+        if first is not None and first.ndim and len(first):
+            found.append((f"{path}.", module, len(first)))
     return found
