@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from modalities.remote_sensing.data.pairs import Pair
 from modalities.remote_sensing.data.rasters import Image, Window
 from modalities.remote_sensing.data.statistics import Normalisation
-from modalities.remote_sensing.mapping.windows import Grid, Panel
+from modalities.remote_sensing.mapping.windows import Grid
 from shared.errors import WorkError
 
 Scores = Callable[[Tensor], Tensor]
@@ -39,7 +41,7 @@ class Blender:
         self.scores, self.image, self.normalisation = scores, image, normalisation
         self.grid, self.classes, self.batch = grid, classes, batch
 
-    def strips(self, start: int, tick: Callable[[int], None]) -> Iterator[Strip]:
+    def strips(self, start: int, tick: Callable[[int], None]) -> Generator[Strip, None, None]:
         """All strips from number ``start`` on; each is the same, bit for bit, whatever the start. tick: called with
         the windows done, out of ``grid.windows``."""
         first, band = divmod(start, len(self.grid.rows.starts))
@@ -48,41 +50,45 @@ class Blender:
             band = 0
         tick(self.grid.windows)
 
-    def _panel(self, number: int, first: int, tick: Callable[[int], None]) -> Iterator[Strip]:
+    def _panel(self, number: int, first: int, tick: Callable[[int], None]) -> Generator[Strip, None, None]:
         rows, columns, panel = self.grid.rows, self.grid.columns, self.grid.panels[number]
-        origin = columns.starts[panel.windows[0]]
-        extent = columns.starts[panel.windows[-1]] + columns.window - origin
+        origin, extent = columns.span(panel.windows)
         inside = slice(panel.left - origin, panel.right - origin)
         before = sum(len(p.windows) for p in self.grid.panels[:number]) * len(rows.starts)
         buffer = np.zeros((self.classes, rows.window, extent), np.float32)
         # Bands that reach into the first strip wanted are run again, so that its sums hold the same terms.
-        for band in range(rows.touching(*rows.completed(first))[0], len(rows.starts)):
-            valid = np.zeros((rows.window, extent), bool)
-            tick(before + band * len(panel.windows))
-            self._band(band, panel, buffer, valid)
-            start, (top, bottom) = rows.starts[band], rows.completed(band)
-            if band >= first:
-                yield Strip(
-                    buffer[:, top - start : bottom - start, inside], valid[top - start : bottom - start, inside]
-                )
-            buffer[:, : rows.window - bottom + start] = buffer[:, bottom - start :]
-            buffer[:, rows.window - bottom + start :] = 0
+        bands = range(rows.touching(*rows.completed(first))[0], len(rows.starts))
+        groups = [panel.windows[at : at + self.batch] for at in range(0, len(panel.windows), self.batch)]
+        places = ((rows.starts[band], *columns.span(group)) for band in bands for group in groups)
+        with closing(_ahead(self._read, places)) as pixels:
+            for band in bands:
+                valid = np.zeros((rows.window, extent), bool)
+                tick(before + band * len(panel.windows))
+                for group in groups:
+                    self._add(band, group, next(pixels), origin, buffer, valid)
+                start, (top, bottom) = rows.starts[band], rows.completed(band)
+                if band >= first:
+                    strip = slice(top - start, bottom - start)
+                    yield Strip(buffer[:, strip, inside], valid[strip, inside])
+                buffer[:, : rows.window - bottom + start] = buffer[:, bottom - start :]
+                buffer[:, rows.window - bottom + start :] = 0
 
-    def _band(self, band: int, panel: Panel, buffer: np.ndarray, valid: np.ndarray) -> None:
-        """Add the scores of one band of windows to ``buffer`` and note which of its pixels are valid."""
+    def _add(
+        self, band: int, group: Sequence[int], pixels: tuple[np.ndarray, np.ndarray], origin: int, buffer: np.ndarray,
+        valid: np.ndarray,
+    ) -> None:  # fmt: skip
+        """Add the scores of a group of windows of one band to ``buffer`` and note which of its pixels are valid."""
         rows, columns = self.grid.rows, self.grid.columns
-        origin = columns.starts[panel.windows[0]]
-        for first in range(0, len(panel.windows), self.batch):
-            group = panel.windows[first : first + self.batch]
-            lefts = [columns.starts[index] - columns.starts[group[0]] for index in group]
-            image, seen = self._read(rows.starts[band], columns.starts[group[0]], lefts[-1] + columns.window)
-            at = columns.starts[group[0]] - origin
-            valid[:, at : at + seen.shape[1]] = seen
-            # A window without a valid pixel has nothing to tell.
-            kept = [i for i, left in enumerate(lefts) if seen[:, left : left + columns.window].any()]
-            for i, scores in zip(kept, self._scores(image, [lefts[i] for i in kept]), strict=True):
-                weight = rows.weights[band][:, None] * columns.weights[group[i]]
-                buffer[:, :, at + lefts[i] : at + lefts[i] + columns.window] += scores * weight
+        image, seen = pixels
+        begin = columns.starts[group[0]]
+        lefts = [columns.starts[index] - begin for index in group]
+        valid[:, begin - origin : begin - origin + seen.shape[1]] = seen
+        # A window without a valid pixel has nothing to tell.
+        kept = [i for i, left in enumerate(lefts) if seen[:, left : left + columns.window].any()]
+        for i, scores in zip(kept, self._scores(image, [lefts[i] for i in kept]), strict=True):
+            weight = rows.weights[band][:, None] * columns.weights[group[i]]
+            at = begin - origin + lefts[i]
+            buffer[:, :, at : at + columns.window] += scores * weight
 
     def _read(self, row: int, column: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """The normalised pixels (bands, window, width) from ``row`` and ``column`` on, and which of them are pixels of
@@ -112,3 +118,16 @@ class Blender:
             path = self.image.header.path
             raise WorkError(f"{path}: the class scores are not finite; the weights hold NaN or the values overflow")
         return list(scores)
+
+
+def _ahead(read: Callable[..., Any], places: Iterable[tuple[Any, ...]]) -> Generator[Any, None, None]:
+    """What ``read`` gives for each place, in order; a thread reads the next one while this one is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        coming: Future | None = None
+        for place in places:
+            following = pool.submit(read, *place)
+            if coming is not None:
+                yield coming.result()
+            coming = following
+        if coming is not None:
+            yield coming.result()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,12 +172,25 @@ def _run(job: _Job, scores: Scores, feed: Feed, batch: int, say: Tick) -> Mapped
         normalisation = feed.normalisation if job.second is None else of_two_dates(feed.normalisation)
         with _opened(job, feed) as image:
             blender = Blender(scores, image, normalisation, job.grid, len(feed.classes), batch)
-            for strip in blender.strips(strips.count, lambda done: say("predicting", done, job.grid.windows)):
-                strips.append(_shares(strip) if shares else _classes(strip))
+            blended = blender.strips(strips.count, lambda done: say("predicting", done, job.grid.windows))
+            _append(strips, blended, _shares if shares else _classes)
         path, pixels = _written(job, folder, strips, feed.classes, say)
         os.replace(path, job.target)
     counts = dict(zip(feed.classes, pixels.tolist(), strict=False))
     return Mapped(job.target, header.height, header.width, resumed, counts, int(pixels[-1]))
+
+
+def _append(strips: Strips, blended: Generator[Strip, None, None], made: Callable[[Strip], np.ndarray]) -> None:
+    """Put all strips on the disk, each by a thread while the model works on the next one."""
+    with closing(blended), ThreadPoolExecutor(1) as writer:
+        last: Future | None = None
+        for strip in blended:
+            finished = made(strip)
+            if last is not None:
+                last.result()
+            last = writer.submit(strips.append, finished)
+        if last is not None:
+            last.result()
 
 
 def _check(header: Header, target: Path, output: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -30,6 +31,10 @@ class Axis:
         """The pixels (from, up to) that are complete once window ``index`` is there, and were not before."""
         last = index + 1 == len(self.starts)
         return max(self.starts[index], 0), self.length if last else self.starts[index + 1]
+
+    def span(self, windows: Sequence[int]) -> tuple[int, int]:
+        """The first pixel of neighbouring windows, and how many they cover together."""
+        return self.starts[windows[0]], self.starts[windows[-1]] + self.window - self.starts[windows[0]]
 
     def touching(self, low: int, high: int) -> range:
         """Numbers of the windows that hold a pixel of ``low`` to ``high`` (exclusive)."""
