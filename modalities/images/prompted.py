@@ -151,16 +151,11 @@ class PromptedSegmentation(Task):
 
     def embed(self, image: Tensor) -> Tensor:
         """The embedding of images, with the active adapters: the half that does not depend on prompts."""
-        backbone: Any = self.model.backbone
-        try:
-            return backbone.embed(image)
-        finally:
-            self.model.context.clear()
+        return self.model(image, part="encoder")
 
     def decode(self, embedding: Tensor, prompts: Prompts, kind: str = "") -> Masks:
         """The masks of prompts on embeddings, with the active adapters; three where the kind is one point."""
-        backbone: Any = self.model.backbone
-        return backbone.decode(embedding, prompts, self.multimask and kind == "points")
+        return self.model(embedding, prompts, self.multimask and kind == "points", part="decoder")
 
     def results(self) -> dict[str, Any]:
         empty = not float(self.mean_loss.weight)

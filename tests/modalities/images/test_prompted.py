@@ -116,8 +116,8 @@ def test_scores_by_hand() -> None:
 
 def test_measuring_embeds_each_image_once(monkeypatch) -> None:
     model, calls = task(), []
-    embed = model.model.backbone.embed
-    monkeypatch.setattr(model.model.backbone, "embed", lambda image: (calls.append(len(image)), embed(image))[1])
+    encode = model.model.backbone.encode
+    monkeypatch.setattr(model.model.backbone, "encode", lambda image: (calls.append(len(image)), encode(image))[1])
     batch = next(iter(scenes().test()))
     with torch.no_grad():
         model.eval().evaluate(batch)
