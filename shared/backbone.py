@@ -64,7 +64,7 @@ class Embedded(NamedTuple):
 
 
 class BlockBackbone(Backbone):
-    """A backbone that begins with blocks over image tokens, each fed by the one before, and can be split at any of them.
+    """A backbone that begins with blocks over image tokens, one after another, and can be split at any of them.
 
     depths: blocks (0-based) whose output is read too.  mapped: whether what it gives holds feature maps.  later:
     modules that see nothing of the image but ``finish``'s result, such as a decoder.
