@@ -158,10 +158,10 @@ def _object(path: Path, number: int, entry: Any, size: tuple[int, int]) -> Asked
 def _numbers(where: str, what: str, given: Any, count: int) -> np.ndarray:
     """(N, count) of lists of as many finite numbers."""
     try:
-        found = np.array(given, float).reshape(-1, count) if len(given) else np.zeros((0, count))
+        found = np.array(given, float).reshape(-1, count) if given else np.zeros((0, count))
     except (TypeError, ValueError):
         found = np.full((1, count), math.nan)
-    if len(found) != len(given) or not np.isfinite(found).all():
+    if not isinstance(given, list) or len(found) != len(given) or not np.isfinite(found).all():
         raise RequestError(f"{where}: {what} {str(given)[:80]}: wants {count} numbers each")
     return found
 
@@ -172,8 +172,8 @@ def _mask(where: str, file: Path, size: tuple[int, int]) -> np.ndarray:
     except RequestError as error:
         raise RequestError(f"{where}: mask {error}") from error
     if grey.shape != size:
-        have, want = (f"{height} x {width} pixels" for height, width in (grey.shape, size))
-        raise RequestError(f"{where}: mask {file}: {have}, its image {want}; a mask has its image's size")
+        sizes = f"{grey.shape[0]} x {grey.shape[1]} pixels, its image {size[0]} x {size[1]}"
+        raise RequestError(f"{where}: mask {file}: {sizes}; a mask has its image's size")
     if not (grey > 127).any():
         raise RequestError(f"{where}: mask {file} is empty: no pixel is above 127")
     return grey > 127

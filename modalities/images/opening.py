@@ -51,7 +51,10 @@ class Opener:
         from modalities.remote_sensing.mapping import Feed
 
         self._feed = Feed.of(described)
-        self.side, self.suffixes = window or self._feed.window, (*PLACED, ".png", ".jpg", ".jpeg", ".npy")
+        self.side, self.suffixes = (
+            self._feed.window if window is None else window,
+            (*PLACED, ".png", ".jpg", ".jpeg", ".npy"),
+        )
         if self.side < 1:
             raise RequestError(f"--window {self.side}: use a number of pixels above 0")
 

@@ -65,7 +65,7 @@ class Seer:
     """
 
     def __init__(self, model: Adapted, side: int, stretched: bool, multimask: bool, device: torch.device):
-        self._model, self._side, self._stretched, self._multimask = model, side, stretched, multimask
+        self.adapted, self._side, self._stretched, self._multimask = model, side, stretched, multimask
         self.device, self.transform, self.model = device, self, SimpleNamespace(mask_threshold=0.0)
         self._backbone: Any = model.backbone
 
@@ -79,7 +79,7 @@ class Seer:
         if self._inside != self._size:
             pixels = F.interpolate(pixels, self._inside, mode="bilinear", antialias=True)
         pixels = F.pad(pixels, (0, side - self._inside[1], 0, side - self._inside[0]))
-        self._embedding = self._model(pixels, part="encoder")
+        self._embedding = self.adapted(pixels, part="encoder")
 
     def reset_image(self) -> None:
         del self._embedding
@@ -94,7 +94,7 @@ class Seer:
         self, points: Tensor, labels: Tensor, multimask_output: bool = True, return_logits: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One mask, or three, of each of P points (P, 1, 2) of the square: logits (P, M, H, W), IoU, coarse logits."""
-        masks = self._model(self._embedding, Prompts(points[None], labels[None]), multimask_output, part="decoder")
+        masks = self.adapted(self._embedding, Prompts(points[None], labels[None]), multimask_output, part="decoder")
         return self._own_size(masks)[0], masks.iou[0], masks.logits[0]
 
     @torch.no_grad()
@@ -111,7 +111,7 @@ class Seer:
         if asked.mask is not None:
             scaled["masks"] = self._rough(view.cut(asked.mask))
         single = len(asked.points) == 1 and asked.box is None and asked.mask is None
-        masks = self._model(self._embedding, Prompts(**scaled), self._multimask and single, part="decoder")
+        masks = self.adapted(self._embedding, Prompts(**scaled), self._multimask and single, part="decoder")
         if not torch.isfinite(masks.logits).all():
             raise WorkError("the mask scores are not finite: the image holds NaN, or the weights do")
         choice = int(masks.iou[0, 0].argmax())
@@ -139,7 +139,7 @@ def everything(seer: Seer, image: np.ndarray, valid: np.ndarray, parts: list[Vie
     """
     from torchvision.ops import nms
 
-    generator = mask_generator(seer._model, **settings)
+    generator = mask_generator(seer.adapted, **settings)
     generator.predictor = seer
     found, boxes, scores = [], [], []
     for number, view in enumerate(parts):

@@ -69,8 +69,9 @@ def outlines(mask: np.ndarray, place: Georeference | None = None, at: tuple[int,
         from rasterio.errors import RasterioError
         from rasterio.features import shapes
 
-        shift = rasterio.Affine.translation(at[1], at[0])
-        transform = shift if place is None else place.transform * shift
+        a, b, _, d, e, _ = (1, 0, 0, 0, 1, 0) if place is None else place.transform[:6]
+        x, y = (at[1], at[0]) if place is None else place.at(at[1], at[0])
+        transform = rasterio.Affine(a, b, x, d, e, y)
         found = [shape["coordinates"] for shape, _ in shapes(mask.astype(np.uint8), mask=mask, transform=transform)]
         if place is not None:
             longest = abs(transform.determinant) ** 0.5 * LONGEST
