@@ -70,19 +70,27 @@ class Seer:
         self._backbone: Any = model.backbone
 
     @torch.no_grad()
-    def set_image(self, image: np.ndarray) -> None:
-        """float32 (H, W, bands), normalised."""
-        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None].to(self.device)
-        self._size, side = (image.shape[0], image.shape[1]), self._side
-        share = min(1.0, side / max(self._size))
-        self._inside = (side, side) if self._stretched else tuple(max(1, round(s * share)) for s in self._size)
+    def look(self, image: np.ndarray) -> None:
+        """What is asked from now on is about this view: float32 (bands, H, W), normalised."""
+        pixels = torch.from_numpy(np.ascontiguousarray(image))[None].to(self.device)
+        self._size, side = (image.shape[1], image.shape[2]), self._side
+        self._inside = (side, side) if self._stretched else self.bounded(self._size)
         if self._inside != self._size:
             pixels = F.interpolate(pixels, self._inside, mode="bilinear", antialias=True)
         pixels = F.pad(pixels, (0, side - self._inside[1], 0, side - self._inside[0]))
         self._embedding = self.adapted(pixels, part="encoder")
 
+    def set_image(self, image: np.ndarray) -> None:
+        """Answer at the size of this (H, W, ...), about the view that was looked at."""
+        self._size = (image.shape[0], image.shape[1])
+
     def reset_image(self) -> None:
-        del self._embedding
+        """Nothing: one view is looked at once for all that is asked."""
+
+    def bounded(self, size: tuple[int, int]) -> tuple[int, int]:
+        """A size (height, width) of the same shape that is no larger than what the model sees."""
+        share = min(1.0, self._side / max(size))
+        return max(1, round(size[0] * share)), max(1, round(size[1] * share))
 
     def apply_coords(self, places: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
         """x, y (..., 2) of the view to those of the square."""
@@ -135,7 +143,8 @@ def everything(seer: Seer, image: np.ndarray, valid: np.ndarray, parts: list[Vie
     """The objects of an image (bands, H, W), the largest first, by the library's generator in each view.
 
     An object that a view cuts is left to another view, the whole image at last; of two whose boxes overlap by more than
-    0.7 the one seen closer is kept.  settings: of ``mask_generator``.
+    0.7 the one seen closer is kept. Masks of a view that is larger than what the model sees are made at that size and
+    enlarged, so that memory is bounded.  settings: of ``mask_generator``.
     """
     from torchvision.ops import nms
 
@@ -143,11 +152,13 @@ def everything(seer: Seer, image: np.ndarray, valid: np.ndarray, parts: list[Vie
     generator.predictor = seer
     found, boxes, scores = [], [], []
     for number, view in enumerate(parts):
-        for record in generator.generate(view.cut(image).transpose(1, 2, 0)):
-            mask = record["segmentation"] & view.cut(valid)
+        seer.look(view.cut(image))
+        size = seer.bounded((view.height, view.width))
+        for record in generator.generate(np.empty((*size, 1), np.uint8)):
+            mask = _enlarged(record["segmentation"], view) & view.cut(valid)
             if not mask.any() or _is_cut(mask, view, valid.shape):
                 continue
-            x, y = record["point_coords"][0]
+            x, y = (np.array(record["point_coords"][0]) * (view.width / size[1], view.height / size[0])).tolist()
             facts = {"predicted_iou": record["predicted_iou"], "stability_score": record["stability_score"]}
             one = boxed(mask, view, {**facts, "point": [x + view.left, y + view.top]})
             found.append(one)
@@ -168,11 +179,19 @@ def asked_for(seer: Seer, image: np.ndarray, valid: np.ndarray, parts: list[View
     answers: dict[int, Found] = {}
     for place in sorted(set(closer.values())):
         view = parts[place]
-        seer.set_image(view.cut(image).transpose(1, 2, 0))
+        seer.look(view.cut(image))
         for number in (n for n, chosen in closer.items() if chosen == place):
             mask, iou = seer.answer(asked[number], view)
             answers[number] = boxed(mask & view.cut(valid), view, {"name": asked[number].name, "predicted_iou": iou})
     return [answers[number] for number in range(len(asked))]
+
+
+def _enlarged(mask: np.ndarray, view: View) -> np.ndarray:
+    """A mask bool at the size of its view."""
+    if mask.shape == (view.height, view.width):
+        return mask
+    share = torch.from_numpy(mask)[None, None].float()
+    return (F.interpolate(share, (view.height, view.width), mode="bilinear") > 0.5)[0, 0].numpy()
 
 
 def _is_cut(mask: np.ndarray, view: View, size: tuple[int, ...]) -> bool:

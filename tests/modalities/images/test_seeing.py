@@ -111,8 +111,8 @@ def test_a_prompt_in_a_larger_image_is_seen_closely() -> None:
 
 
 def test_what_no_square_holds_is_seen_in_the_whole_image(monkeypatch) -> None:
-    shapes, plain = [], Seer.set_image
-    monkeypatch.setattr(Seer, "set_image", lambda self, given: (shapes.append(given.shape[:2]), plain(self, given))[1])
+    shapes, plain = [], Seer.look
+    monkeypatch.setattr(Seer, "look", lambda self, given: (shapes.append(given.shape[1:]), plain(self, given))[1])
     box = Asked("b", np.zeros((0, 2)), np.zeros(0, int), (2, 2, 90, 60))
     asked = [point(20, 20), box, point(21, 22)]
     found = asked_for(seer(), image(64, 96), np.ones((64, 96), bool), views((64, 96), 48), asked)
@@ -185,6 +185,7 @@ class Generator:
 
 def test_an_object_that_a_view_cuts_is_taken_from_another_and_once(monkeypatch) -> None:
     size, parts = (64, 96), views((64, 96), 48)
+    monkeypatch.setattr(Seer, "bounded", lambda self, given: given)
     truth = [np.zeros(size, bool) for _ in range(4)]
     truth[0][4:12, 4:12] = True  # within one square alone, and at no inner edge
     truth[1][20:30, 40:52] = True  # across the edges of several squares, within others
@@ -202,3 +203,20 @@ def test_scores_that_are_not_finite_stop_it() -> None:
     pixels[:] = np.nan
     with pytest.raises(WorkError, match="the mask scores are not finite"):
         asked_for(seer(), pixels, np.ones((48, 48), bool), views((48, 48), 48), [point(3, 3)])
+
+
+def test_masks_of_a_view_larger_than_what_is_seen_are_enlarged() -> None:
+    """An image of 192 x 96 pixels, stretched to 48 x 48 in training: its masks are made at 48 x 24."""
+    pixels, whole_view = image(192, 96), View(0, 0, 192, 96)
+    model = tuned()
+    looking = seer(48, True, model)
+    found = everything(looking, pixels, np.ones((192, 96), bool), [whole_view], EVERYTHING)
+    assert looking.bounded((192, 96)) == (48, 24)
+    generator = mask_generator(model, **EVERYTHING)
+    generator.predictor = looking
+    small = {one["predicted_iou"]: one for one in generator.generate(np.empty((48, 24, 1), np.uint8))}
+    assert len(found) == len(small) > 2
+    for one in found:
+        other = small[one.facts["predicted_iou"]]
+        assert int(one.mask.sum()) == pytest.approx(16 * other["area"], rel=0.15)
+        assert one.facts["point"] == [4 * part for part in other["point_coords"][0]]
