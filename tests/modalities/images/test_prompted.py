@@ -249,6 +249,12 @@ def test_resuming_draws_the_same_prompts(tmp_path) -> None:
     assert all(torch.equal(through[name], tensor) for name, tensor in resumed.items())
 
 
+def test_frozen_weights_may_be_in_half_precision(tmp_path) -> None:
+    """In both halves of the model, which are called one by one."""
+    found = fit(task(measured=2), scenes(), Engine(steps=1, device="cpu", frozen="bfloat16"), tmp_path)
+    assert 0 <= found["test"]["iou"] <= 1
+
+
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_the_engine_trains_either_part(part, tmp_path) -> None:
     data = scenes(("red", "green", "blue", "nir", "swir1"))
