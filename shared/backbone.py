@@ -63,45 +63,41 @@ class Embedded(NamedTuple):
     extras: dict[str, Any]
 
 
-class TokenBackbone(Backbone):
-    """A transformer over image tokens that can be split at any depth.
+class BlockBackbone(Backbone):
+    """A backbone that begins with blocks over image tokens, one after another, and can be split at any of them.
 
-    depths: blocks (0-based) whose output becomes a feature map.  prefix: class and register tokens in front.
-    normed: apply the final norm to every map (the summary always has it).
-    Subclasses give ``blocks`` (iterable of modules), ``embed(image)`` and ``final(tokens)``.
+    depths: blocks (0-based) whose output is read too.  mapped: whether what it gives holds feature maps.  later:
+    modules that see nothing of the image but ``finish``'s result, such as a decoder.
+    Subclasses give ``blocks`` (iterable of modules), ``embed``, ``ended``, ``finish`` and ``rest``.
     """
 
     blocks: Iterable[nn.Module]
+    depths: tuple[int, ...] = ()
+    mapped: bool = True
 
-    def __init__(self, name: str, *, depths: Sequence[int], total: int, width: int, prefix: int, normed: bool):
-        super().__init__(name)
-        if bad := [d for d in depths if not -total <= d < total]:
-            raise RequestError(f"depths {bad} of {name}: it has blocks 0 to {total - 1}")
-        self.depths = tuple(sorted({d % total for d in depths}))
-        self.width, self.prefix, self.normed = width, prefix, normed
-        self.channels = (width,) * len(self.depths)
+    @property
+    def later(self) -> Iterable[nn.Module]:
+        return ()
 
     def embed(self, image: Tensor) -> Embedded:
         """image (B, bands, H, W) to tokens with positions."""
         raise NotImplementedError
 
-    def final(self, tokens: Tensor) -> Tensor:
-        """The norm after the last block."""
+    def ended(self, outputs: Sequence[Tensor], tokens: Tensor, grid: tuple[int, int]) -> Any:
+        """What comes of the tokens of the last block and of the ``outputs`` of the blocks ``depths``."""
         raise NotImplementedError
 
-    def summarise(self, tokens: Tensor) -> Tensor:
-        """(B, C) of the last block's tokens: the normed class token, or the mean over the grid where there is none."""
-        tokens = self.final(tokens)
-        return tokens[:, 0] if self.prefix else tokens.mean(1)
+    def finish(self, tokens: Tensor) -> Tensor:
+        """(B, ..., C) of the last block's tokens: all of them that is read where nobody reads ``depths``."""
+        raise NotImplementedError
 
-    def forward(self, image: Tensor) -> Features:
-        """image (B, bands, H, W) to feature maps (B, width, h, w) at ``depths`` and a summary (B, width)."""
-        cached = vars(self.context).get("cached")
-        return self.onward(self.embed(image)) if cached is None else cached(image)
+    def rest(self, finished: Tensor) -> Any:
+        """What ``ended`` gives without outputs, of what ``finish`` gave."""
+        raise NotImplementedError
 
     def onward(
         self, embedded: Embedded, start: int = 0, outputs: Mapping[int, Tensor] = {}, *, maps: bool = True
-    ) -> Features:
+    ) -> Any:
         """The blocks from ``start`` on, and what comes of their tokens.
 
         embedded: what goes into block ``start``.  outputs: of blocks before it, by depth, for feature maps and for
@@ -116,8 +112,53 @@ class TokenBackbone(Backbone):
             elif depth in outputs:
                 tokens = shown(block, outputs[depth])
             if maps and depth in self.depths and (depth >= start or depth in outputs):
-                found.append(self._as_map(self.final(tokens) if self.normed else tokens, grid))
-        return Features(tuple(found), self.summarise(tokens))
+                found.append(tokens)
+        return self.ended(found, tokens, grid)
+
+    def from_image(self, image: Tensor) -> Any:
+        """``onward`` of an image from the first block, or from where the call's cache keeps it (``shared.cache``)."""
+        cached = vars(self.context).get("cached")
+        return self.onward(self.embed(image)) if cached is None else cached(image)
+
+
+class TokenBackbone(BlockBackbone):
+    """A transformer over image tokens that gives feature maps and a summary.
+
+    depths: blocks (0-based) whose output becomes a feature map.  prefix: class and register tokens in front.
+    normed: apply the final norm to every map (the summary always has it).
+    Subclasses give ``blocks``, ``embed(image)`` and ``final(tokens)``.
+    """
+
+    def __init__(self, name: str, *, depths: Sequence[int], total: int, width: int, prefix: int, normed: bool):
+        super().__init__(name)
+        if bad := [d for d in depths if not -total <= d < total]:
+            raise RequestError(f"depths {bad} of {name}: it has blocks 0 to {total - 1}")
+        self.depths = tuple(sorted({d % total for d in depths}))
+        self.width, self.prefix, self.normed = width, prefix, normed
+        self.channels = (width,) * len(self.depths)
+
+    def final(self, tokens: Tensor) -> Tensor:
+        """The norm after the last block."""
+        raise NotImplementedError
+
+    def summarise(self, tokens: Tensor) -> Tensor:
+        """(B, C) of the last block's tokens: the normed class token, or the mean over the grid where there is none."""
+        tokens = self.final(tokens)
+        return tokens[:, 0] if self.prefix else tokens.mean(1)
+
+    def forward(self, image: Tensor) -> Features:
+        """image (B, bands, H, W) to feature maps (B, width, h, w) at ``depths`` and a summary (B, width)."""
+        return self.from_image(image)
+
+    def ended(self, outputs: Sequence[Tensor], tokens: Tensor, grid: tuple[int, int]) -> Features:
+        maps = [self._as_map(self.final(each) if self.normed else each, grid) for each in outputs]
+        return Features(tuple(maps), self.summarise(tokens))
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        return self.summarise(tokens)
+
+    def rest(self, finished: Tensor) -> Features:
+        return Features((), finished)
 
     def _as_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         return tokens[:, self.prefix :].transpose(1, 2).unflatten(2, grid)

@@ -132,6 +132,13 @@ def _on_runs(add: Callable[..., _Parser]) -> None:
     predict.add_argument("--overlap", metavar="N", type=int, help="pixels neighbours share (default: half a window)")
     predict.add_argument("--bands", metavar="N,N", type=_numbers, help="which bands to read, whatever their names")
     predict.add_argument("--reproject", action="store_true", help="bring a second date to the grid of the first")
+    predict.add_argument(
+        "--prompts",
+        metavar="PATH",
+        type=Path,
+        help="JSON or CSV of points and boxes (default: NAME.prompts.json or .csv)",
+    )
+    predict.add_argument("--generator", metavar="key=value,…", type=_settings, help="such as points_per_side=16 (SAM)")
     predict.add_argument("--overwrite", action="store_true", help="replace what is there")
     push = add("push", "Upload a finished run, with a model card, to a repository of the Hugging Face Hub.")
     push.add_argument("run", metavar="RUN", type=Path, help="the directory of a finished run")
@@ -167,6 +174,18 @@ def _numbers(text: str) -> list[int]:
     if not all(word.isdigit() for word in _names(text)):
         raise argparse.ArgumentTypeError(f"{text!r}: wants whole numbers with commas between")
     return [int(word) for word in _names(text)]
+
+
+def _settings(text: str) -> dict[str, Any]:
+    """Numbers by name."""
+    found = {}
+    for word in _names(text):
+        name, _, value = word.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{word!r}: wants key=value,… with numbers") from None
+    return found
 
 
 def _recipe(asked: argparse.Namespace, *, files: bool = True) -> Any:
@@ -219,6 +238,10 @@ def _predict(asked: argparse.Namespace) -> None:
         options["reproject"] = asked.reproject
     elif asked.reproject:
         raise RequestError(f"--reproject: {asked.run} reads no second date")
+    if getattr(trained.task, "promptable", False):
+        options |= {"prompts": asked.prompts, "generator": asked.generator}
+    elif asked.prompts is not None or asked.generator is not None:
+        raise RequestError(f"--prompts and --generator: {asked.run} answers no prompts")
     trained.task.predict_files(
         asked.inputs, asked.output, described=trained.described, identity=trained.identity, **options
     )

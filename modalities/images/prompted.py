@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryJaccardIndex
 
 from modalities.images.backbones import SAM, Masks, Prompts
-from modalities.images.prompting import Kind, Objects, central_prompts, draw_prompts, drawn, found
+from modalities.images.prompting import Kind, Objects, central_prompts, clicked, draw_prompts, drawn, found, passes
 from shared.adapted import Adapted
 from shared.errors import RequestError, WorkError
 from shared.training.optimiser import Optimiser
@@ -21,9 +22,9 @@ from shared.training.task import Task
 
 
 class Answered(NamedTuple):
-    """What the model said of which objects."""
+    """What the model said of which objects, in each pass."""
 
-    masks: Masks
+    passes: tuple[Masks, ...]
     objects: Objects
 
 
@@ -36,6 +37,8 @@ class PromptedSegmentation(Task):
     instances: an object is a connected "component" of a class, or a "class" as a whole.
     background: the class that is no object, None for the first.  smallest: pixels of the least object.
     objects: of each image in a training step, drawn with replacement.  points: most points of a training prompt.
+    clicks: further points of a training step, each where the last answer is wrong, asked with that answer as a mask
+    (paper: 8); each is a pass of the decoder, and so are two without a point; 0 for the first prompt alone.
     multimask: a single point, which may mean a part or the whole, is answered by three masks in training, of which the
     best counts (and at measuring the one that the model itself thinks best).
     measured: of each image, the largest objects.
@@ -47,6 +50,7 @@ class PromptedSegmentation(Task):
     """
 
     monitor: ClassVar[str] = "validation/iou"
+    promptable: ClassVar[bool] = True  # predict_files takes prompts and settings of the generator
 
     def __init__(
         self,
@@ -60,6 +64,7 @@ class PromptedSegmentation(Task):
         smallest: int = 16,
         objects: int = 4,
         points: int = 3,
+        clicks: int = 3,
         multimask: bool = True,
         measured: int = 16,
         focal_weight: float = 20.0,
@@ -72,8 +77,8 @@ class PromptedSegmentation(Task):
         model.backbone.check_halves()
         if not prompts or len(set(prompts)) < len(prompts):
             raise RequestError(f"task.prompts {list(prompts)}: one or more of points, box, mask, each once")
-        if min(smallest, objects, points, measured) < 1 or min(focal_weight, dice_weight, iou_weight) < 0:
-            raise RequestError("task: smallest, objects, points and measured are at least 1, and no weight negative")
+        if min(smallest, objects, points, measured) < 1 or min(clicks, focal_weight, dice_weight, iou_weight) < 0:
+            raise RequestError("task: smallest, objects, points, measured at least 1, clicks and weights at least 0")
         self.classes, self.bands, self.ignore_index = tuple(data.classes), data.bands, data.ignore_index
         if background is not None and background not in self.classes:
             raise RequestError(f"task.background {background!r}: the classes are {', '.join(self.classes)}")
@@ -82,7 +87,7 @@ class PromptedSegmentation(Task):
         self.kinds: tuple[Kind, ...] = tuple(prompts)
         self.background = 0 if background is None else self.classes.index(background)
         self.instances: Literal["component", "class"] = instances
-        self.smallest, self.most, self.points = smallest, objects, points
+        self.smallest, self.most, self.points, self.clicks = smallest, objects, points, clicks
         self.multimask, self.measured = multimask, measured
         self.weights = (focal_weight, dice_weight, iou_weight)
         self.stride = model.backbone.patch_size[0] // 4
@@ -99,13 +104,20 @@ class PromptedSegmentation(Task):
         kind = self.kinds[int(torch.randint(len(self.kinds), ()))]
         points = int(torch.randint(self.points, ())) + 1
         asked = draw_prompts(objects, kind, points, self.stride)
+        embedding = self.embed(batch["image"])  # once for all passes
         multimask = self.multimask and kind == "points" and points == 1
-        return Answered(self.model(batch["image"], asked, multimask), objects)
+        said = [self.model(embedding, asked, multimask, part="decoder")]
+        for click in passes(self.clicks):
+            logits = best(said[-1]).detach()
+            asked = asked._replace(masks=logits[:, :, None])
+            asked = clicked(asked, logits, objects) if click else asked
+            said.append(self.model(embedding, asked, False, part="decoder"))
+        return Answered(tuple(said), objects)
 
     def criterion(self, outputs: Answered, batch: dict[str, Any]) -> Tensor:
-        """The loss of the best mask of each object, mean over objects; 0 where no image has one."""
-        masks, objects = outputs
-        return mask_loss(masks, objects, self.weights) + self._untouched()
+        """The loss of the best mask of each object, mean over objects and passes; 0 where no image has one."""
+        losses = [mask_loss(masks, outputs.objects, self.weights) for masks in outputs.passes]
+        return torch.stack(losses).mean() + self._untouched()
 
     def _untouched(self) -> Tensor | float:
         """0, on which all of SAM depends where all of it trains: no kind of prompt uses every part."""
@@ -151,16 +163,11 @@ class PromptedSegmentation(Task):
 
     def embed(self, image: Tensor) -> Tensor:
         """The embedding of images, with the active adapters: the half that does not depend on prompts."""
-        backbone: Any = self.model.backbone
-        try:
-            return backbone.embed(image)
-        finally:
-            self.model.context.clear()
+        return self.model(image, part="encoder")
 
     def decode(self, embedding: Tensor, prompts: Prompts, kind: str = "") -> Masks:
         """The masks of prompts on embeddings, with the active adapters; three where the kind is one point."""
-        backbone: Any = self.model.backbone
-        return backbone.decode(embedding, prompts, self.multimask and kind == "points")
+        return self.model(embedding, prompts, self.multimask and kind == "points", part="decoder")
 
     def results(self) -> dict[str, Any]:
         empty = not float(self.mean_loss.weight)
@@ -189,6 +196,18 @@ class PromptedSegmentation(Task):
         finally:
             self.train(training)
         return F.interpolate(best(masks), image.shape[2:], mode="bilinear") > 0
+
+    def predict_files(
+        self, inputs: Sequence[Path], output: Path, *, described: Mapping[str, Any], identity: Mapping[str, Any],
+        overlap: int | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        """Write the objects of images. options: those of ``finding.find_files``, such as ``prompts`` and ``kind``."""
+        from modalities.images.finding import find_files
+
+        if overlap is not None:
+            raise RequestError("--overlap: the views of Segment Anything overlap by half, as objects need")
+        self.eval()
+        find_files(self.model, self.multimask, self.device, described, inputs, output, **options)
 
     def pictures(self, data: Any, count: int = 4) -> Any:
         """``count`` test images: the largest object of each, and what every kind of prompt makes of it."""

@@ -93,6 +93,34 @@ def draw_prompts(objects: Objects, kind: Kind, points: int, stride: int) -> Prom
     return asked if kind == "points" else asked._replace(masks=rough(masks, stride, 2 ** int(torch.randint(4, ()))))
 
 
+def passes(clicks: int) -> list[bool]:
+    """What follows the first answer to an object in a training step: True asks again with one more point.
+
+    After Kirillov et al. (2023, appendix): ``clicks`` points, one pass without a new one at a place among them that is
+    drawn from torch's global random state, and one at the end; in these the model sees its own last mask alone anew.
+    """
+    if not clicks:
+        return []
+    place = int(torch.randint(clicks, ()))
+    return [*[True] * place, False, *[True] * (clicks - place), False]
+
+
+def clicked(asked: Prompts, logits: Tensor, objects: Objects) -> Prompts:
+    """The prompts with one more point, drawn from torch's global random state where the last answer is wrong, evenly.
+
+    logits: (B, P, h, w), of that answer. The point is on the object where the answer misses it and off it where the
+    answer goes beyond; it says nothing where no pixel with a label is wrong.
+    """
+    said = F.interpolate(logits.float(), objects.masks.shape[2:], mode="bilinear") > 0
+    place, there = _random_pixels((said ^ objects.masks) & objects.counts[:, None])
+    index = (place[..., 1] * objects.masks.shape[3] + place[..., 0]).long()
+    missed = objects.masks.flatten(2).gather(2, index[..., None])[..., 0]
+    points, labels = place[:, :, None], torch.where(there, missed.long(), -1)[:, :, None]
+    if asked.points is not None and asked.labels is not None:
+        points, labels = torch.cat([asked.points, points], 2), torch.cat([asked.labels, labels], 2)
+    return asked._replace(points=points, labels=labels)
+
+
 def central_prompts(masks: Tensor, kind: Kind, stride: int) -> Prompts:
     """The same prompts every time, to measure by: a point in the middle, the exact box, the mask at a quarter.
 

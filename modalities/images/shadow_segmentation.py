@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -95,10 +97,51 @@ class ShadowSegmentation(Task):
             found = self.model(image.to(self.device))
         finally:
             self.train(training)
+        if not torch.isfinite(found.logits).all():
+            raise WorkError("the shadow scores are not finite: the image holds NaN, or the weights do")
         size = size or (image.shape[2], image.shape[3])
         method = next(m for m in self.model.methods.values() if isinstance(m, AdapterShadow))
         points = found.points if method.order == "xy" else found.points.flip(-1)
         return Shadows(_masked(found.logits, size), _masked(found.coarse, size), points, found.labels)
+
+    def predict_files(
+        self, inputs: Sequence[Path], output: Path, *, described: Mapping[str, Any], identity: Mapping[str, Any],
+        kind: str | None = None, overwrite: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
+        """Write the shadows of images at their own sizes: a mask of 255 in a shadow and 0 elsewhere, or outlines (see
+        ``object_files``). A run that was trained on rasters maps rasters (see ``mapping.map_files``)."""
+        if "reading" in described:
+            from modalities.remote_sensing.mapping import Feed, map_files
+
+            options |= {"kind": kind, "overwrite": overwrite, "identity": identity}
+            map_files(self._shares, Feed.of(described), inputs, output, **options)
+            return
+        from modalities.images.object_files import Job, each_file, write_objects
+        from modalities.images.opening import Opener
+        from modalities.images.seeing import View, boxed
+
+        if unfit := [name for name, value in options.items() if value is not None]:
+            raise RequestError(f"predict: this run was trained on whole images and has no --{unfit[0]}")
+        opener = Opener(described)
+
+        def make(job: Job, kind: str) -> str:
+            opened = opener.open(job.source)
+            image = torch.from_numpy(opened.image)[None]
+            square = F.interpolate(image, (opener.side, opener.side), mode="bilinear", antialias=True)
+            mask = self.predict(square, opened.size).mask[0].cpu().numpy()
+            objects = [boxed(mask, View(0, 0, *opened.size), {"class": self.classes[1]})]
+            write_objects(job, kind, opened, objects, inside=255)
+            return f"{opened.size[1]} x {opened.size[0]} pixels: {self.classes[1]} {mask.mean():.1%}"
+
+        each_file(opener, inputs, output, kind, overwrite, make)
+
+    @torch.no_grad()
+    def _shares(self, image: Tensor) -> Tensor:
+        """Probabilities (B, 2, H, W) of light and shadow, of images (B, 3, H, W) normalised, in eval mode."""
+        self.eval()
+        logits = self.model(image.to(self.device)).logits
+        shadow = F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False).sigmoid()
+        return torch.cat([1 - shadow, shadow], 1)
 
     def pictures(self, data: Any, count: int = 4) -> Any:
         """``count`` test images: the image with the points, the truth, both masks."""

@@ -14,15 +14,16 @@ from shared.errors import WorkError
 
 GROUP = 64  # channels of a token that share a scale: a few of a transformer's are far larger than all others
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_HEAD = struct.Struct("<4I")  # dtype as computed, and the shape (L, N, C)
+_KIND = struct.Struct("<I")  # dtype as computed, in the lowest byte, and the number of axes; the shape follows
 
 
 def encode(outputs: Tensor, precision: str) -> list[bytes]:
-    """outputs (B, L, N, C), of L depths, to one record for each of the B images.
+    """outputs (B, L, ..., C), of L depths, to one record for each of the B images.
 
     Raises WorkError where a value is too large for float16.
     """
-    head = _HEAD.pack(_DTYPES.index(outputs.dtype), *outputs.shape[1:])
+    shape = outputs.shape[1:]
+    head = struct.pack(f"<{1 + len(shape)}I", _DTYPES.index(outputs.dtype) | len(shape) << 8, *shape)
     if precision == "exact":
         parts = [outputs]
     elif precision == "float16":
@@ -37,10 +38,12 @@ def encode(outputs: Tensor, precision: str) -> list[bytes]:
 
 
 def decode(records: Sequence[bytes], precision: str, device: torch.device) -> Tensor:
-    """The outputs (B, L, N, C) that records of images of one size hold, in the dtype they were computed in."""
-    kind, *shape = _HEAD.unpack_from(records[0])
-    dtype = _DTYPES[kind]
-    stacked = np.stack([np.frombuffer(record, np.uint8, offset=_HEAD.size) for record in records])
+    """The outputs (B, L, ..., C) that records of images of one size hold, in the dtype they were computed in."""
+    (kind,) = _KIND.unpack_from(records[0])
+    dtype, axes = _DTYPES[kind & 255], kind >> 8
+    shape = struct.unpack_from(f"<{axes}I", records[0], _KIND.size)
+    offset = _KIND.size * (1 + axes)
+    stacked = np.stack([np.frombuffer(record, np.uint8, offset=offset) for record in records])
     data = torch.from_numpy(stacked).to(device)
     if precision == "exact":
         return data.view(dtype).unflatten(1, shape)

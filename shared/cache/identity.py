@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.attaching import stay_called
-from shared.backbone import TokenBackbone
+from shared.backbone import BlockBackbone
 from shared.context import Context
 from shared.errors import RequestError
 
@@ -25,9 +25,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _DEEP = 6
 
 
-def modules(backbone: TokenBackbone, start: int) -> list[tuple[str, nn.Module]]:
-    """All modules but those of the blocks from ``start`` on."""
-    later = {id(m) for block in list(backbone.blocks)[start:] for m in block.modules()}
+def modules(backbone: BlockBackbone, start: int) -> list[tuple[str, nn.Module]]:
+    """All modules but those of the blocks from ``start`` on and of what comes after all blocks."""
+    later = {id(m) for part in (*list(backbone.blocks)[start:], *backbone.later) for m in part.modules()}
     return [(path, module) for path, module in backbone.named_modules() if id(module) not in later]
 
 
@@ -39,7 +39,7 @@ def tensors(found: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tenso
                 yield f"{path}.{name}", tensor
 
 
-def describe(backbone: TokenBackbone, start: int, settings: Mapping[str, Any], outcome: Tensor) -> dict[str, Any]:
+def describe(backbone: BlockBackbone, start: int, settings: Mapping[str, Any], outcome: Tensor) -> dict[str, Any]:
     """JSON-able: two prefixes with the same description compute the same.
 
     settings: further facts.  outcome: what the prefix makes of a fixed input, which shows what is not listed here.
@@ -74,7 +74,7 @@ def digest(description: Mapping[str, Any]) -> bytes:
 def _configuration(module: nn.Module) -> dict[str, Any]:
     """What a module is beside its tensors: type, plain attributes, hooks."""
     own = {key: value for key, value in vars(module).items() if key not in _TORCHS}
-    if isinstance(module, TokenBackbone):
+    if isinstance(module, BlockBackbone):
         own = {key: value for key, value in own.items() if key not in _NAMES}
     hooks = [hook for name in _HOOKS for hook in vars(module)[name].values() if hook is not stay_called]
     kind = _type(module)

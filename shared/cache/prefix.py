@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from shared.backbone import Embedded, Features
+from shared.backbone import Embedded
 from shared.cache import codec, identity
 from shared.cache.settings import Cache
 from shared.cache.span import Span, span
@@ -38,7 +38,7 @@ class _Open(NamedTuple):
 
 
 class FrozenPrefix:
-    """Runs an adapted model's token backbone with its frozen prefix kept (``shared.cache.span``).
+    """Runs the blocks of an adapted model's backbone with its frozen prefix kept (``shared.cache.span``).
 
     A record's key is a hash of the image's very numbers and of all that acts on them (``shared.cache.identity``), so a
     record of other weights, another transform, file, dtype or version of the code is not found. What the blocks above
@@ -70,18 +70,18 @@ class FrozenPrefix:
     def root(self) -> Path:
         return Path(self.settings.folder)
 
-    def __call__(self, image: Tensor) -> Features:
-        """What the backbone gives for images (B, bands, H, W)."""
+    def __call__(self, image: Tensor) -> Any:
+        """What comes of the backbone's blocks for images (B, bands, H, W)."""
         backbone: Any = self.model.backbone
         found = self._span()
         if found is None or image.requires_grad:  # something in front of the backbone trains
             return backbone.onward(backbone.embed(image))
         opened = self._last = self._open(found, image)
         outputs = codec.decode(self._records(opened, found, image), self.settings.precision, image.device)
-        if found.summary:
-            return Features((), outputs[:, 0, 0])
-        _, grid, extras = self._embedded(image)
-        known = dict(zip(found.kept, outputs.unbind(1), strict=True))
+        if found.finished:
+            return backbone.rest(outputs[:, 0])
+        empty, grid, extras = self._embedded(image)
+        known = {depth: _laid(each, empty) for depth, each in zip(found.kept, outputs.unbind(1), strict=True)}
         start = Embedded(known[found.start - 1], grid, extras)
         return backbone.onward(start, found.start, known, maps=found.maps)
 
@@ -123,7 +123,7 @@ class FrozenPrefix:
 
     @torch.no_grad()
     def _run(self, found: Span, image: Tensor) -> Tensor:
-        """The frozen prefix: (B, depths, N, C), or (B, 1, 1, C) of the summary."""
+        """The frozen prefix: the tokens (B, depths, ..., C), or (B, 1, ..., C) what ``finish`` makes of the last."""
         backbone: Any = self.model.backbone
         with self.model.disabled():  # what acts here only reads, and will be shown these outputs
             embedded = self._embedded(image, backbone.embed(image))
@@ -131,7 +131,7 @@ class FrozenPrefix:
             for depth, block in zip(range(found.start), backbone.blocks, strict=False):
                 tokens = block(tokens, **embedded.extras)
                 outputs += [tokens] if depth in found.kept else []
-            return backbone.summarise(tokens)[:, None, None] if found.summary else torch.stack(outputs, 1)
+            return backbone.finish(tokens)[:, None] if found.finished else torch.stack(outputs, 1)
 
     @torch.no_grad()
     def _embedded(self, image: Tensor, new: Embedded | None = None) -> Embedded:
@@ -197,7 +197,7 @@ class FrozenPrefix:
         Raises RequestError where an image's outputs depend on the others in its batch.
         """
         backbone: Any = self.model.backbone
-        (example,) = backbone.example() or (None,)
+        example = (backbone.example() or (None,))[0]
         if example is None:
             raise RequestError(f"{self.model.backbone_name}: it brings no example(), which its prefix is known by")
         example = example.to(image)
@@ -224,6 +224,14 @@ def keys(salt: Any, image: Tensor) -> list[bytes]:
 
 def _ahead(opened: _Open, image: Tensor) -> None:
     opened.store.prefetch(keys(opened.salt, image))
+
+
+def _laid(tokens: Tensor, like: Tensor) -> Tensor:
+    """The tokens with their axes in memory in the order of ``like``: products of another order round differently."""
+    order = sorted(range(like.ndim), key=lambda axis: -like.stride(axis))
+    if order == sorted(order):
+        return tokens
+    return tokens.permute(order).contiguous().permute([order.index(axis) for axis in range(like.ndim)])
 
 
 def _autocast(image: Tensor) -> torch.dtype | None:

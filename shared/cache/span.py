@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from shared.backbone import TokenBackbone
+from shared.backbone import BlockBackbone
 from shared.errors import RequestError
 
 
 class Span(NamedTuple):
-    """The frozen prefix of a token backbone.
+    """The frozen prefix of a backbone of blocks.
 
     start: the first block that has to run; the number of blocks where none has.
     kept: depths below ``start`` whose outputs (before the final norm) the rest of the model reads, that of block
-    ``start - 1`` among them; none where ``summary`` is kept: then nothing but the head is left to run.
+    ``start - 1`` among them; none where it is ``finished``: then nothing but the head or the decoder is left to run,
+    and what is kept is all that they read.
     maps: whether the head reads feature maps.
     """
 
@@ -22,7 +23,7 @@ class Span(NamedTuple):
     maps: bool
 
     @property
-    def summary(self) -> bool:
+    def finished(self) -> bool:
         return not self.kept
 
 
@@ -32,15 +33,17 @@ def span(model: Any) -> Span:
     Raises RequestError that says what stands in the way.
     """
     backbone = model.backbone
-    if not isinstance(backbone, TokenBackbone):
-        raise RequestError(f"{model.backbone_name} has no frozen prefix to keep: it is no TokenBackbone, so its run "
-                           "cannot be split")  # fmt: skip
+    if not isinstance(backbone, BlockBackbone):
+        raise RequestError(f"{model.backbone_name} has no frozen prefix to keep: its run cannot be split at a block")
     if model.state.merged:
         raise RequestError("no frozen prefix while adapters are merged: unmerge() first")
     blocks = list(backbone.blocks)
     places = {id(m): depth for depth in reversed(range(len(blocks))) for m in blocks[depth].modules()}
+    later = {id(m) for part in backbone.later for m in part.modules()}
     start, behind, observed = len(blocks), False, set()
     for path, module, why, reads in _acting(model):
+        if id(module) in later:
+            continue
         if reads and (module is backbone or any(module is block for block in blocks)):
             observed |= {places[id(module)]} if id(module) in places else set()
         elif (depth := places.get(id(module))) is not None:
@@ -53,7 +56,7 @@ def span(model: Any) -> Span:
         else:
             where = f"at {path}, before the blocks" if path else "around the whole backbone"
             raise RequestError(f"no frozen prefix: {why} {where}")
-    maps = not getattr(model.head, "summary_only", False)
+    maps = backbone.mapped and not getattr(model.head, "summary_only", False)
     observed = {depth for depth in observed if depth < start}
     if start == len(blocks) and not (maps or behind or observed):
         return Span(start, (), maps)

@@ -7,6 +7,7 @@ from modalities.remote_sensing.data.folders import FolderScenes as FolderScenes
 from modalities.remote_sensing.data.generated import GeneratedScenes as GeneratedScenes
 from modalities.remote_sensing.data.generated_pairs import GeneratedPairs as GeneratedPairs
 from modalities.remote_sensing.data.pairs import FolderPairs as FolderPairs
+from modalities.remote_sensing.data.rasters import Georeference as Georeference
 from modalities.remote_sensing.data.rasters import read_header as read_header
 from modalities.remote_sensing.data.rasters import read_image as read_image
 from modalities.remote_sensing.data.rasters import read_mask as read_mask

@@ -11,7 +11,9 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import IO, Any
 
-from modalities.remote_sensing.data.rasters import quiet
+import numpy as np
+
+from modalities.remote_sensing.data.rasters import Georeference, quiet
 from modalities.remote_sensing.data.statistics import IGNORE
 from modalities.remote_sensing.mapping.geotiff import TAG
 from modalities.remote_sensing.mapping.meridian import Polygon, Ring, area, within
@@ -52,6 +54,39 @@ def write_polygons(
             raise WorkError(f"its areas cannot be brought to longitude and latitude: {error}") from error
         file.flush()
         os.fsync(file.fileno())
+
+
+def outlines(mask: np.ndarray, place: Georeference | None = None, at: tuple[int, int] = (0, 0)) -> dict[str, Any]:
+    """The connected areas (by sides, not corners) of a bool mask (H, W) as one GeoJSON geometry, a MultiPolygon where
+    there are several: in longitude and latitude, or without a place on Earth in pixels, x to the right and y downwards.
+
+    place: of the raster that the mask is a part of; its first row and column are ``at`` there.
+
+    Raises WorkError where a place has no longitude and latitude.
+    """
+    with quiet() as rasterio:
+        from rasterio._err import CPLE_BaseError
+        from rasterio.errors import RasterioError
+        from rasterio.features import shapes
+
+        a, b, _, d, e, _ = (1, 0, 0, 0, 1, 0) if place is None else place.transform[:6]
+        x, y = (at[1], at[0]) if place is None else place.at(at[1], at[0])
+        transform = rasterio.Affine(a, b, x, d, e, y)
+        found = [shape["coordinates"] for shape, _ in shapes(mask.astype(np.uint8), mask=mask, transform=transform)]
+        if place is not None:
+            longest = abs(transform.determinant) ** 0.5 * LONGEST
+            try:
+                parts = list(_on_earth([[_cut(ring, longest) for ring in rings] for rings in found], place.crs))
+            except (RasterioError, CPLE_BaseError) as error:
+                raise WorkError(f"its areas cannot be brought to longitude and latitude: {error}") from error
+            found = [p for each in parts for p in _polygons(each)]
+    one = len(found) == 1
+    return {"type": "Polygon" if one else "MultiPolygon", "coordinates": found[0] if one else found}
+
+
+def _polygons(geometry: dict[str, Any]) -> list[Any]:
+    coordinates = geometry["coordinates"]
+    return [coordinates] if geometry["type"] == "Polygon" else coordinates
 
 
 def read_digest(path: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -116,8 +117,8 @@ def test_scores_by_hand() -> None:
 
 def test_measuring_embeds_each_image_once(monkeypatch) -> None:
     model, calls = task(), []
-    embed = model.model.backbone.embed
-    monkeypatch.setattr(model.model.backbone, "embed", lambda image: (calls.append(len(image)), embed(image))[1])
+    encode = model.model.backbone.encode
+    monkeypatch.setattr(model.model.backbone, "encode", lambda image: (calls.append(len(image)), encode(image))[1])
     batch = next(iter(scenes().test()))
     with torch.no_grad():
         model.eval().evaluate(batch)
@@ -141,12 +142,67 @@ def test_the_halves_are_the_whole() -> None:
     assert model.predict(image, asked).shape == (2, 1, 48, 48)
 
 
+# -- clicks ------------------------------------------------------------------------------------------------------------
+
+
+def asked_of(model: PromptedSegmentation, batch: dict) -> list[Prompts]:
+    """The prompts of all passes of a training step."""
+    seen, forward = [], model.model.backbone.decode
+    model.model.backbone.decode = lambda embedding, asked, multimask: (
+        seen.append((asked, multimask)), forward(embedding, asked, multimask))[1]  # fmt: skip
+    model.outputs(batch)
+    del model.model.backbone.decode
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["points", "box", "mask"])
+def test_every_pass_brings_the_last_mask_and_maybe_a_point(kind) -> None:
+    model, batch = task(prompts=[kind], clicks=3, points=1), next(iter(scenes().test()))
+    torch.manual_seed(4)
+    asked = asked_of(model, batch)
+    assert len(asked) == 1 + 3 + 2
+    (first, multimask), *later = asked
+    assert multimask == (kind == "points")
+    assert not any(several for _, several in later)
+    count = [0 if each.points is None else each.points.shape[2] for each, _ in asked]
+    assert count[0] == (0 if kind == "box" else 1)
+    grown = [after - before for before, after in pairwise(count)]
+    assert sorted(grown) == [0, 0, 1, 1, 1]
+    assert grown[-1] == 0
+    for before, (after, _) in zip([first, *(each for each, _ in later)], later, strict=False):
+        assert after.masks.shape == (len(batch["image"]), 4, 1, 24, 24)
+        assert not after.masks.requires_grad
+        assert after.boxes is first.boxes
+        assert before.masks is not after.masks
+
+
+def test_the_mask_that_is_brought_is_the_one_the_model_thinks_best() -> None:
+    model, batch = task(prompts=["points"], clicks=1, points=1), next(iter(scenes().test()))
+    torch.manual_seed(1)
+    asked = asked_of(model, batch)
+    torch.manual_seed(1)
+    found = model.outputs(batch).passes
+    assert len(found) == len(asked) == 4
+    assert found[0].logits.shape[2] == 3
+    for masks, (after, _) in zip(found, asked[1:], strict=False):
+        assert torch.equal(after.masks[:, :, 0], best(masks))
+
+
+def test_the_loss_is_the_mean_of_all_passes() -> None:
+    model, batch = task(clicks=2), next(iter(scenes().test()))
+    found = model.outputs(batch)
+    each = [mask_loss(masks, found.objects, model.weights).item() for masks in found.passes]
+    assert len(each) == 5
+    assert model.criterion(found, batch).item() == pytest.approx(sum(each) / 5)
+    assert len(task(clicks=0).outputs(batch).passes) == 1
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
 def test_training_helps(tmp_path) -> None:
     data = GeneratedShadows(count=10, side=48, size=48, batch_size=4, crop=1.0, flip=False)
-    model = task(data, method=Full(), prompts=["box"], instances="class")
+    model = task(data, method=Full(), prompts=["box"], instances="class", clicks=0)
     model.optimiser = Optimiser(learning_rate=2e-3)
 
     def now() -> float:
@@ -193,6 +249,12 @@ def test_resuming_draws_the_same_prompts(tmp_path) -> None:
     assert all(torch.equal(through[name], tensor) for name, tensor in resumed.items())
 
 
+def test_frozen_weights_may_be_in_half_precision(tmp_path) -> None:
+    """In both halves of the model, which are called one by one."""
+    found = fit(task(measured=2), scenes(), Engine(steps=1, device="cpu", frozen="bfloat16"), tmp_path)
+    assert 0 <= found["test"]["iou"] <= 1
+
+
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_the_engine_trains_either_part(part, tmp_path) -> None:
     data = scenes(("red", "green", "blue", "nir", "swir1"))
@@ -214,6 +276,7 @@ def test_what_does_not_fit_is_one_line() -> None:
         ("is for the backbone SAM, not vit_tiny", {"backbone": vit}),
         ("one or more of points, box, mask", {"prompts": []}),
         ("at least 1", {"objects": 0}),
+        ("clicks and weights at least 0", {"clicks": -1}),
         ("task.background 'sea': the classes are clear", {"background": "sea"}),
     ]
     for message, settings in cases:

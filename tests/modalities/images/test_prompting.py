@@ -5,7 +5,18 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from modalities.images.prompting import Objects, bounds, central_prompts, draw_prompts, drawn, found, rough
+from modalities.images.backbones import Prompts
+from modalities.images.prompting import (
+    Objects,
+    bounds,
+    central_prompts,
+    clicked,
+    draw_prompts,
+    drawn,
+    found,
+    passes,
+    rough,
+)
 
 
 def labelled() -> np.ndarray:
@@ -124,3 +135,86 @@ def test_the_random_state_alone_decides() -> None:
         assert all(a is None or torch.equal(a, b) for a, b in zip(first, again, strict=True))
         other = draw_prompts(objects(), kind, 3, 4)
         assert any(a is not None and not torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+# -- clicks ------------------------------------------------------------------------------------------------------------
+
+
+def answered(truth: torch.Tensor, said: torch.Tensor) -> tuple[Objects, torch.Tensor]:
+    """Objects bool (H, W) that count everywhere, and the logits (B, P, H, W) of answers at their size."""
+    whole = torch.ones(1, *truth.shape, dtype=torch.bool)
+    return Objects(truth[None, None], torch.ones(1, 1, dtype=torch.bool), whole), torch.where(said, 5.0, -5.0)[
+        None, None
+    ]
+
+
+def test_a_click_lies_where_the_answer_is_wrong_and_says_how() -> None:
+    truth, said = torch.zeros(8, 10, dtype=torch.bool), torch.zeros(8, 10, dtype=torch.bool)
+    truth[2:5, 2:6], said[2:5, 3:8] = True, True  # column 2 is missed, columns 6 and 7 are too much
+    given, logits = answered(truth, said)
+    drawn_points = set()
+    for seed in range(120):
+        torch.manual_seed(seed)
+        asked = clicked(Prompts(), logits, given)
+        assert asked.points is not None
+        assert asked.labels is not None
+        drawn_points.add((*asked.points[0, 0, 0].int().tolist(), int(asked.labels[0, 0, 0])))
+    assert drawn_points == {(x, y, int(x == 2)) for x in (2, 6, 7) for y in (2, 3, 4)}
+
+
+def test_clicks_are_drawn_uniformly_from_the_error() -> None:
+    truth, said = torch.zeros(4, 8, dtype=torch.bool), torch.zeros(4, 8, dtype=torch.bool)
+    truth[0, :2], said[3, :6] = True, True  # two pixels are missed, six too much
+    given, logits = answered(truth, said)
+    many = Objects(given.masks.expand(1, 4000, 4, 8), given.valid.expand(1, 4000), given.counts)
+    torch.manual_seed(0)
+    asked = clicked(Prompts(), logits.expand(1, 4000, 4, 8), many)
+    assert asked.labels is not None
+    assert abs(float(asked.labels.float().mean()) - 0.25) < 0.03  # four standard deviations
+
+
+def test_clicks_join_earlier_prompts_and_say_nothing_where_all_is_right() -> None:
+    truth = torch.zeros(8, 10, dtype=torch.bool)
+    truth[2:5, 2:6] = True
+    given, right = answered(truth, truth)
+    box = Prompts(boxes=torch.tensor([[[2.0, 2, 5, 4]]]))
+    once = clicked(box, right, given)
+    assert once.boxes is box.boxes
+    assert once.labels is not None
+    assert once.labels.tolist() == [[[-1]]]
+    twice = clicked(once, -right, given)
+    assert twice.points is not None
+    assert twice.labels is not None
+    assert twice.points.shape == (1, 1, 2, 2)
+    x, y = twice.points[0, 0, 1].int().tolist()
+    assert twice.labels[0, 0].tolist() == [-1, int(truth[y, x])]
+    unlabelled = given._replace(counts=torch.zeros(1, 8, 10, dtype=torch.bool))
+    assert clicked(Prompts(), -right, unlabelled).labels.tolist() == [[[-1]]]  # type: ignore[union-attr]
+
+
+def test_an_answer_of_a_quarter_of_the_size_is_compared_at_the_full_one() -> None:
+    truth = torch.zeros(16, 16, dtype=torch.bool)
+    truth[:, :8] = True
+    given, _ = answered(truth, truth)
+    logits = torch.full((1, 1, 4, 4), -5.0)
+    logits[..., :3] = 5.0  # up to column 11 or so
+    for seed in range(20):
+        torch.manual_seed(seed)
+        asked = clicked(Prompts(), logits, given)
+        assert asked.points is not None
+        assert 8 <= float(asked.points[0, 0, 0, 0]) <= 12
+        assert asked.labels is not None
+        assert asked.labels.item() == 0
+
+
+def test_passes_are_as_published() -> None:
+    assert passes(0) == []
+    places = set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        found = passes(8)
+        assert len(found) == 10  # eleven with the first
+        assert sum(found) == 8
+        assert not found[-1]
+        places.add(found.index(False))
+    assert places == set(range(8))

@@ -53,7 +53,7 @@ def test_lora_on_vit_b_trains_what_the_formula_says() -> None:
 @torch.no_grad()
 def test_at_its_own_size_it_is_the_library() -> None:
     model, picture, asked = tiny(), image(), two_objects()
-    embedding = model.embed(picture)
+    embedding = model.encode(picture)
     assert torch.equal(embedding, model.sam.image_encoder(picture))
     for multimask in (False, True):
         found = model(picture, asked, multimask)
@@ -83,10 +83,10 @@ def test_an_image_of_another_size_meets_resampled_positions() -> None:
     assert model(picture, two_objects(40, 96)).logits.shape == (2, 2, 1, 20, 48)
     assert model.sam.prompt_encoder.input_image_size == (64, 64)  # as it was, for SamPredictor
     torch.nn.init.constant_(model.sam.image_encoder.pos_embed, 0.3)
-    with_constant = model.embed(picture)
+    with_constant = model.encode(picture)
     torch.nn.init.zeros_(model.sam.image_encoder.pos_embed)
     model.sam.image_encoder.patch_embed.proj.bias.add_(0.3)
-    assert torch.allclose(with_constant, model.embed(picture), atol=1e-5)
+    assert torch.allclose(with_constant, model.encode(picture), atol=1e-5)
 
 
 def test_what_does_not_fit_is_one_line() -> None:
@@ -130,7 +130,7 @@ def test_published_files_load_whole_or_the_encoder_alone(published) -> None:
     encoder = SAMEncoder(3, size="tiny", checkpoint=file)
     picture = image()
     with torch.no_grad():
-        assert torch.equal(encoder(picture).maps[-1], model.embed(picture))
+        assert torch.equal(encoder(picture).maps[-1], model.encode(picture))
 
 
 @torch.no_grad()
@@ -138,7 +138,7 @@ def test_six_bands_start_as_two_rgb_images(published) -> None:
     file, _ = published
     rgb, six = SAM(3, size="tiny", checkpoint=file), SAM(6, size="tiny", checkpoint=file)
     picture = image()
-    assert torch.allclose(six.embed(torch.cat([picture, picture], 1)), rgb.embed(picture), atol=1e-5)
+    assert torch.allclose(six.encode(torch.cat([picture, picture], 1)), rgb.encode(picture), atol=1e-5)
     assert six.statistics is None
     assert rgb.statistics == ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 

@@ -107,7 +107,7 @@ def test_active_adapters_alone_count() -> None:
 def test_a_backbone_that_cannot_be_split_has_none(other: Any) -> None:
     backbone = other()
     made = adapt(backbone, methods.Probe(), sites=describe(backbone))
-    with pytest.raises(RequestError, match="has no frozen prefix to keep: it is no TokenBackbone"):
+    with pytest.raises(RequestError, match="has no frozen prefix to keep: its run cannot be split"):
         span(made)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,23 +12,25 @@ from modalities.images.backbones.inputs import check_image, check_multiple
 from modalities.images.backbones.sam.building import MEAN, STD, built, resampled, shape_of
 from modalities.images.backbones.sam.prompts import Masks, Prompts, check_prompts, sized
 from modalities.images.backbones.sam.sites import decoder_sites, encoder_sites
-from shared.backbone import Backbone, Embedded, Features, TokenBackbone
+from shared.backbone import BlockBackbone, Embedded, Features, TokenBackbone
 from shared.errors import RequestError
 from shared.sites import Site, Sites
 
 
-class SAM(Backbone):
+class SAM(BlockBackbone):
     """The whole model of the library ``segment_anything``, at ``self.sam``: image and prompts to masks.
 
     Images of any height and width that are multiples of the patch are taken as they are; the decoder's masks are a
     quarter of that. Positions are resampled where the size is not the stored one, at which everything equals the
-    library's own. ``embed`` and ``decode`` are the two halves; SamPredictor works on ``self.sam`` (see
-    ``modalities.images.sam_tools``).
+    library's own. ``encode`` and ``decode`` are the two halves; SamPredictor works on ``self.sam`` (see
+    ``modalities.images.sam_tools``). Its blocks are those of the image encoder, so that what is frozen of it is kept
+    by ``shared.cache``: the embedding where adapters act in the decoder alone.
 
     bands: channels of the image, normalised; the RGB patch kernel is repeated for other than three.
     """
 
     sam: Any  # the library's class, known only where it is installed
+    mapped = False
 
     def __init__(
         self,
@@ -60,14 +62,32 @@ class SAM(Backbone):
         self.channels = (shape.embedding,)
         self.statistics = (MEAN, STD) if bands == 3 else None
 
-    def embed(self, image: Tensor) -> Tensor:
+    @property
+    def blocks(self) -> nn.ModuleList:  # type: ignore[override]
+        return self.sam.image_encoder.blocks
+
+    @property
+    def later(self) -> Iterable[nn.Module]:
+        return self.sam.prompt_encoder, self.sam.mask_decoder
+
+    def embed(self, image: Tensor) -> Embedded:
+        """image (B, bands, H, W) to tokens (B, h, w, width) with positions."""
+        tokens = embedded(self, self.sam.image_encoder, image)
+        return Embedded(tokens, (tokens.shape[1], tokens.shape[2]), {})
+
+    def ended(self, outputs: Sequence[Tensor], tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.sam.image_encoder.neck(tokens.permute(0, 3, 1, 2))
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        """The embedding, channels last."""
+        return self.ended((), tokens, (tokens.shape[1], tokens.shape[2])).permute(0, 2, 3, 1)
+
+    def rest(self, finished: Tensor) -> Tensor:
+        return finished.permute(0, 3, 1, 2).contiguous()  # as the neck lays it out, so that all rounds alike
+
+    def encode(self, image: Tensor) -> Tensor:
         """image (B, bands, H, W) to its embedding (B, C, H / patch, W / patch), all that the decoder sees of it."""
-        encoder = self.sam.image_encoder
-        tokens = embedded(self, encoder, image)
-        self.context.grid = (tokens.shape[1], tokens.shape[2])
-        for block in encoder.blocks:
-            tokens = block(tokens)
-        return encoder.neck(tokens.permute(0, 3, 1, 2))
+        return self.from_image(image)
 
     def decode(self, embedding: Tensor, prompts: Prompts | None = None, multimask: bool = False) -> Masks:
         """Masks of the objects that are asked about; of everything, without prompts.
@@ -95,11 +115,18 @@ class SAM(Backbone):
                 )  # fmt: skip
         return Masks(*(torch.stack(each) for each in zip(*found, strict=True)))
 
-    def forward(self, image: Tensor, prompts: Prompts | None = None, multimask: bool = False) -> Masks:
-        return self.decode(self.embed(image), prompts, multimask)
+    def forward(
+        self, image: Tensor, prompts: Prompts | None = None, multimask: bool = False, *,
+        part: Literal["both", "encoder", "decoder"] = "both",
+    ) -> Any:  # fmt: skip
+        """Masks of an image; of "encoder" alone its embedding, and by "decoder" alone the masks of an embedding."""
+        if part == "decoder":
+            return self.decode(image, prompts, multimask)
+        embedding = self.encode(image)
+        return embedding if part == "encoder" else self.decode(embedding, prompts, multimask)
 
     def check_halves(self) -> None:
-        """Raises RequestError where an adapter acts around the whole model: ``embed`` and ``decode`` pass it by."""
+        """Raises RequestError where an adapter acts around the whole model, which asks for it in one call."""
         port = vars(self).get("_port")
         if port is not None and port.around:
             raise RequestError(
@@ -181,14 +208,12 @@ class SAMEncoder(TokenBackbone):
         """tokens (B, h, w, width) to the embedding (B, C, h, w)."""
         return self.encoder.neck(tokens.permute(0, 3, 1, 2))
 
-    def forward(self, image: Tensor) -> Features:
-        tokens, self.context.grid, _ = self.embed(image)
-        maps = []
-        for depth, block in enumerate(self.blocks):
-            tokens = block(tokens)
-            if depth in self.depths:
-                maps.append(tokens.permute(0, 3, 1, 2))
+    def summarise(self, tokens: Tensor) -> Tensor:
+        return self.final(tokens).mean((2, 3))
+
+    def ended(self, outputs: Sequence[Tensor], tokens: Tensor, grid: tuple[int, int]) -> Features:
         embedding = self.final(tokens)
+        maps = [each.permute(0, 3, 1, 2) for each in outputs]
         return Features((*maps, embedding), embedding.mean((2, 3)))
 
     def sites(self) -> Sites:

@@ -13,7 +13,7 @@ from rasterio.crs import CRS
 
 from modalities.remote_sensing.data.rasters import Georeference, write_raster
 from modalities.remote_sensing.data.statistics import Normalisation
-from modalities.remote_sensing.mapping import Feed, map_raster
+from modalities.remote_sensing.mapping import Feed, map_raster, outlines
 from shared.errors import RequestError
 from tests.modalities.remote_sensing.mapping.conftest import CLASSES, opened
 
@@ -136,3 +136,41 @@ def test_finished_polygons_are_left_alone(tmp_path):
     ((ring, _),) = rings(feature)
     assert turn(ring) == 25
     assert {tuple(corner) for corner in ring} >= {(10, 50), (10, 45), (15, 45), (15, 50)}
+
+
+# -- outlines of one mask ----------------------------------------------------------------------------------------------
+
+
+def test_outlines_without_a_place_are_in_pixels_of_the_whole() -> None:
+    mask = np.zeros((6, 8), bool)
+    mask[1:4, 2:6] = True
+    assert outlines(mask)["coordinates"] == [[(2, 1), (2, 4), (6, 4), (6, 1), (2, 1)]]
+    assert outlines(mask, at=(10, 20))["coordinates"] == [[(22, 11), (22, 14), (26, 14), (26, 11), (22, 11)]]
+    mask[2, 3] = False
+    assert len(outlines(mask)["coordinates"]) == 2  # with a hole
+    mask[5, 7] = True
+    found = outlines(mask)
+    assert (found["type"], len(found["coordinates"])) == ("MultiPolygon", 2)
+
+
+@pytest.mark.parametrize("transform", PLACES.values(), ids=PLACES)
+def test_outlines_with_a_place_are_on_earth(transform) -> None:
+    from rasterio.features import rasterize
+    from rasterio.warp import transform_geom
+
+    place, whole = Georeference(CRS.from_epsg(32631), transform), np.zeros((30, 40), bool)
+    whole[4:12, 20:31] = True
+    whole[6, 22:25] = False
+    whole[12:14, 35] = True
+    found = outlines(whole[4:, 20:], place, (4, 20))
+    assert found["type"] == "MultiPolygon"
+    back = rasterize([transform_geom("OGC:CRS84", place.crs, found)], (30, 40), transform=transform)
+    assert np.array_equal(back.astype(bool), whole)
+
+
+def test_an_outline_across_the_antimeridian_is_cut_there() -> None:
+    place = Georeference(CRS.from_epsg(4326), Affine(0.5, 0, 178, 0, -0.5, 10))
+    found = outlines(np.ones((4, 8), bool), place)
+    assert found["type"] == "MultiPolygon"
+    sides = sorted((min(x for x, _ in part[0]), max(x for x, _ in part[0])) for part in found["coordinates"])
+    assert sides == [(-180, -178), (178, 180)]
