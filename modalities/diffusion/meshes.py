@@ -197,7 +197,9 @@ def _checked(path: Path, whole: Any, normals: np.ndarray) -> Mesh:
         raise RequestError(f"{path}: a triangle names vertex {faces.max()}, and there are {len(vertices)}")
     bad = ~np.isfinite(vertices).all(1)
     if bad.any():
-        raise RequestError(f"{path}: {bad.sum()} of {len(bad)} vertices are not finite, the first is number {bad.argmax()}")
+        raise RequestError(
+            f"{path}: {bad.sum()} of {len(bad)} vertices are not finite, the first is number {bad.argmax()}"
+        )
     colours, texture, uv = _appearance(whole.visual)
     mesh = Mesh(
         vertices=torch.from_numpy(vertices.copy()),
