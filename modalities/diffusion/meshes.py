@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +110,7 @@ def unwrapped(mesh: Mesh, *, size: int = 1024, padding: int = 4) -> Mesh:
 
     Raises WorkError where a triangle gets no place (its area is 0 throughout, or the mesh is broken).
     """
-    atlas, options = _library("xatlas").Atlas(), _library("xatlas").PackOptions()
+    atlas, options = library("xatlas").Atlas(), library("xatlas").PackOptions()
     atlas.add_mesh(mesh.vertices.float().numpy(), mesh.faces.numpy().astype(np.uint32))
     options.resolution, options.padding = size, padding
     atlas.generate(pack_options=options)
@@ -126,8 +128,10 @@ def unwrapped(mesh: Mesh, *, size: int = 1024, padding: int = 4) -> Mesh:
     )
 
 
-def save_glb(path: str | Path, mesh: Mesh, texture: Tensor) -> None:
+def save_glb(path: str | Path, mesh: Mesh, texture: Tensor, metadata: Mapping[str, Any] | None = None) -> None:
     """Write a mesh with its texture (3, height, width), in the coordinates of the file it came from.
+
+    metadata: JSON values about how it was made, kept in the file, see ``glb_metadata``.
 
     The bytes are read back before the file is put in place: what is written holds the mesh, or nothing is written.
     """
@@ -142,10 +146,14 @@ def save_glb(path: str | Path, mesh: Mesh, texture: Tensor) -> None:
     visual = trimesh().visual
     material = visual.material.PBRMaterial(
         baseColorFactor=[255, 255, 255, 255],
-        baseColorTexture=_pillow().fromarray(image),
+        baseColorTexture=library("PIL.Image").fromarray(image),
         metallicFactor=0.0,
         roughnessFactor=0.9,
     )
+
+    def signed(tree: dict[str, Any]) -> None:
+        tree["asset"] |= {"generator": "omniadapt", "extras": dict(metadata or {})}
+
     whole = trimesh().Trimesh(
         vertices=(mesh.vertices @ turn.T + move).numpy(),
         faces=mesh.faces.numpy(),
@@ -153,13 +161,25 @@ def save_glb(path: str | Path, mesh: Mesh, texture: Tensor) -> None:
         visual=visual.TextureVisuals(uv=mesh.uv.numpy(), material=material),
         process=False,
     )
-    data = whole.export(file_type="glb", include_normals=True)
+    data = whole.export(file_type="glb", include_normals=True, tree_postprocessor=signed)
     _check_written(path, data, mesh, image)
     write_atomically(path, data)
 
 
+def glb_metadata(path: str | Path) -> dict[str, Any]:
+    """What ``save_glb`` was told of how a file was made; empty for the files of others."""
+    check_readable(Path(path))
+    data = Path(path).read_bytes()
+    try:
+        asset = json.loads(data[20 : 20 + int.from_bytes(data[12:16], "little")])["asset"]
+        return dict(asset.get("extras", {})) if asset.get("generator") == "omniadapt" else {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RequestError(f"{path}: not a GLB file") from error
+
+
 def _check_written(path: Path, data: bytes, mesh: Mesh, image: np.ndarray) -> None:
     """Raises WorkError where the bytes of a GLB do not give back the mesh, its UVs and its texture."""
+    assert mesh.uv is not None
     [(back, _)] = _parts(trimesh().load_scene(io.BytesIO(data), file_type="glb", process=False))
     want = (mesh.vertices @ mesh.to_file[:3, :3].T + mesh.to_file[:3, 3]).numpy()
     near = 1e-5 * np.abs(want).max()
@@ -195,10 +215,10 @@ def _checked(path: Path, whole: Any, normals: np.ndarray) -> Mesh:
     vertices, faces = np.asarray(whole.vertices, np.float64), np.asarray(whole.faces, np.int64)
     if faces.min() < 0 or faces.max() >= len(vertices):
         raise RequestError(f"{path}: a triangle names vertex {faces.max()}, and there are {len(vertices)}")
-    bad = ~np.isfinite(vertices).all(1)
-    if bad.any():
+    if not np.isfinite(vertices).all():
+        bad = ~np.isfinite(vertices).all(axis=1, keepdims=True)
         raise RequestError(
-            f"{path}: {bad.sum()} of {len(bad)} vertices are not finite, the first is number {bad.argmax()}"
+            f"{path}: {bad.sum()} of {len(vertices)} vertices are not finite, the first is number {bad.argmax()}"
         )
     colours, texture, uv = _appearance(whole.visual)
     mesh = Mesh(
@@ -229,7 +249,8 @@ def _appearance(visual: Any) -> tuple[Tensor | None, Tensor | None, Tensor | Non
     return None, torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), uv
 
 
-def _library(name: str) -> Any:
+def library(name: str) -> Any:
+    """One of the libraries of meshes. Raises RequestError that says how to install it, where it is absent."""
     import importlib
 
     try:
@@ -239,9 +260,5 @@ def _library(name: str) -> Any:
 
 
 def trimesh() -> Any:
-    """The library. Raises RequestError where it is absent."""
-    return _library("trimesh")
-
-
-def _pillow() -> Any:
-    return _library("PIL.Image")
+    """The library that reads and writes the files."""
+    return library("trimesh")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modalities.diffusion import cameras as views
 from modalities.diffusion.cameras import Cameras
-from modalities.diffusion.meshes import Mesh, _library
+from modalities.diffusion.meshes import Mesh, library
 from shared.errors import RequestError
 
 RAYS = 2**19  # cast at once: bounds the memory of a large image
@@ -118,9 +118,9 @@ class Rays:
     """
 
     def __init__(self, vertices: Tensor, faces: Tensor):
-        self.scene = _library("embreex.rtcore_scene").EmbreeScene()
+        self.scene = library("embreex.rtcore_scene").EmbreeScene()
         corners = vertices.float().contiguous().numpy(), faces.numpy().astype(np.int32)
-        _library("embreex.mesh_construction").TriangleMesh(self.scene, *corners)
+        library("embreex.mesh_construction").TriangleMesh(self.scene, *corners)
         self.origin, self.one, self.two = _edges(vertices[faces])
 
     def first(self, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:

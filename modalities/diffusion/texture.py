@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modalities.diffusion.cameras import Cameras, geometry_guided
-from modalities.diffusion.meshes import Mesh, _library, normalised, read_mesh, save_glb, unwrapped
+from modalities.diffusion.meshes import Mesh, library, normalised, read_mesh, save_glb, unwrapped
 from modalities.diffusion.rendering import Raster, Render, render, unfolded
 from shared.errors import RequestError, WorkError
 
@@ -61,6 +61,10 @@ class Trust:
     dilation: int = 5
     mask: float = 0.9
 
+    def __post_init__(self) -> None:
+        if self.dilation < 1 or self.dilation % 2 == 0:
+            raise RequestError(f"dilation {self.dilation}: an odd number of pixels is wanted")
+
 
 @dataclass(frozen=True, eq=False)
 class Baked:
@@ -91,7 +95,8 @@ def texture_file(
     """
     mesh = with_uv(normalised(read_mesh(source), up=up, front=front, centre=centre), size)
     baked = bake(mesh, cameras or geometry_guided(), images, size=size, **settings)
-    save_glb(target, mesh, baked.texture)
+    shares = {"seen": baked.seen, "repainted": baked.repainted, "filled": baked.filled}
+    save_glb(target, mesh, baked.texture, {"source": Path(source).name, "views": len(images), "texels": size, **shares})
     return baked
 
 
@@ -111,6 +116,11 @@ def bake(
     images = _checked(images, cameras)
     if upscaler is not None:
         images = _checked(upscaler(images), cameras)
+    for name, given in {"masks": masks, "view_weights": view_weights}.items():
+        if given is not None and len(given) != len(cameras):
+            raise RequestError(f"{name}: one for each of the {len(cameras)} cameras, not {len(given)}")
+    if view_weights is not None and not bool((view_weights > 0).all()):
+        raise RequestError("view_weights: positive numbers")
     texels = surface_texels(mesh, size)
     seen = render(mesh, cameras, (images.shape[2], images.shape[3]))
     colours, known = blended(project(texels, seen, images, trust or Trust(), masks), view_weights)
@@ -130,12 +140,13 @@ def with_uv(mesh: Mesh, size: int = 1024) -> Mesh:
     return mesh if usable else unwrapped(mesh, size=size)
 
 
-def overlap(mesh: Mesh, size: int = 1024) -> float:
+def overlap(mesh: Mesh, size: int = 512) -> float:
     """The share of a texture's used texels that lie in more than one triangle."""
     heights = torch.arange(len(mesh.faces), dtype=torch.float64) / len(mesh.faces)
     above, below = (unfolded(mesh, size, heights=part) for part in (heights, 1 - heights))
     used = above.mask & below.mask
-    return float((above.faces != below.faces)[used].double().mean()) if used.any() else 0.0
+    within = torch.minimum(above.weights, below.weights).amin(-1) > 1e-6  # an edge belongs to both its triangles
+    return float(((above.faces != below.faces) & within)[used].double().mean()) if used.any() else 0.0
 
 
 def surface_texels(mesh: Mesh, size: int) -> Texels:
@@ -150,7 +161,7 @@ def surface_texels(mesh: Mesh, size: int) -> Texels:
     raster = unfolded(mesh, size)
     if not raster.mask.any():
         raise RequestError(f"size {size}: no texel lies on the surface; use a larger texture, or unwrap the mesh anew")
-    transform = _library("scipy.ndimage").distance_transform_edt
+    transform = library("scipy.ndimage").distance_transform_edt
     rows, columns = transform(~raster.mask.numpy(), return_distances=False, return_indices=True)
     place = raster.mask.flatten().cumsum(0).view(size, size) - 1
     nearest = place[torch.from_numpy(rows).long(), torch.from_numpy(columns).long()]
@@ -194,7 +205,7 @@ def filled(texels: Texels, colours: Tensor, known: Tensor) -> Tensor:
     """Colours (n, 3) where those not ``known`` (n,) take the colour of the known texel nearest in space."""
     if known.all():
         return colours
-    tree = _library("scipy.spatial").cKDTree(texels.positions[known].numpy(), balanced_tree=False, compact_nodes=False)
+    tree = library("scipy.spatial").cKDTree(texels.positions[known].numpy(), balanced_tree=False, compact_nodes=False)
     nearest = torch.from_numpy(tree.query(texels.positions[~known].numpy())[1]).long()
     out = colours.clone()
     out[~known] = colours[known][nearest]
