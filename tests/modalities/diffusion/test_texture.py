@@ -11,7 +11,7 @@ import torch
 
 from modalities.diffusion.cameras import Cameras, geometry_guided, orthographic, perspective
 from modalities.diffusion.meshes import Mesh, glb_metadata, normalised, read_mesh, unwrapped
-from modalities.diffusion.rendering import render
+from modalities.diffusion.rendering import Rays, render
 from modalities.diffusion.texture import (
     Trust,
     bake,
@@ -91,6 +91,26 @@ def test_a_texel_behind_something_takes_nothing_from_it() -> None:
     assert (colours[clear] - torch.tensor([0.0, 0, 1])).abs().max() < 1e-6
     assert (colours[known & (y < 0)] - torch.tensor([1.0, 0, 0])).abs().max() < 1e-6
     assert known[(y < 0) & (x.abs() < 0.16) & (z.abs() < 0.16)].all()
+    out = torch.maximum(x.abs(), z.abs())
+    beside = (y > 0) & (out > 0.213) & (out < 0.222)  # visible, but a picture's outline may be a pixel off
+    assert not known[beside].any()
+    assert blended(project(texels, seen, images.permute(0, 3, 1, 2), Trust(gradient=1e9)))[1][beside].all()
+
+
+def test_a_texel_is_known_where_a_ray_from_it_reaches_a_camera() -> None:
+    """Visibility by comparing positions agrees with that by rays from the surface outwards."""
+    mesh, cameras = unwrapped(torus(), size=128), geometry_guided()
+    texels, seen = surface_texels(mesh, 128), render(mesh, cameras, (256, 256))
+    normals = torch.nn.functional.normalize(texels.raster.interpolated(mesh.normals), dim=-1)
+    rays, free = Rays(mesh.vertices, mesh.faces), []
+    for towards in -cameras.forward:
+        towards = towards.expand_as(normals)
+        faces, _ = rays.first(texels.positions + 1e-4 * normals, towards)
+        free.append((faces < 0) & ((normals * towards).sum(-1) > 0.2))
+    views = project(texels, seen, seen.positions().permute(0, 3, 1, 2), Trust(gradient=1e9))
+    for open_, (_, cosines) in zip(free, views, strict=True):
+        assert 0.2 < open_.double().mean() < 0.6
+        assert ((cosines > 0) != open_).double().mean() < 0.04  # the outlines, to a pixel
 
 
 def test_views_count_by_the_cube_of_the_cosine() -> None:
