@@ -54,6 +54,11 @@ class Site:
         return name if self.parameter in (None, "weight") else f"{name}:{self.parameter}"
 
     @property
+    def axis(self) -> int:
+        """The axis of the channels in what flows through."""
+        return 1 if self.layout == "BCHW" else -1
+
+    @property
     def bias(self) -> Site | None:
         """The site of the bias that belongs to this site's weight (its rows of it); None where there is none."""
         name = {"weight": "bias", "in_proj_weight": "in_proj_bias"}.get(self.parameter or "")
@@ -227,10 +232,13 @@ def multihead_sites(path: str, attention: nn.MultiheadAttention, depth: int, **m
     return [*sites, Site("attention.output", depth, out, attention.out_proj, width=width, **more)]
 
 
-def norm_sites(path: str, norm: nn.Module, depth: int, prefix: int = 0, *tags: str) -> Iterator[Site]:
+def norm_sites(
+    path: str, norm: nn.Module, depth: int, prefix: int = 0, *tags: str, layout: str = "BNC"
+) -> Iterator[Site]:
     """A norm's weight and bias, as far as it has them; its own name is a tag."""
     for parameter in ("weight", "bias"):
         tensor = norm._parameters.get(parameter)
         if tensor is not None:
             names = (path.rpartition(".")[2], *tags)
-            yield Site("norm", depth, path, norm, parameter, prefix=prefix, width=tensor.numel(), tags=names)
+            more = {"prefix": prefix, "layout": layout, "width": tensor.numel(), "tags": names}
+            yield Site("norm", depth, path, norm, parameter, **more)
