@@ -22,6 +22,7 @@ from shared.method import Method
 from shared.sites import Site, Sites
 from shared.taxonomy import Record
 
+RANGE = 1e-3  # beyond 0 and 1 that a resampled image may be by rounding
 MERGED = 3  # stages whose outputs are merged with the side features
 
 
@@ -63,9 +64,24 @@ class Develop(Adapter):
         self.pre_encoder, self.model_adapter = pre_encoder, model_adapter
 
     def forward(self, base: Callable[..., Any], image: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not (torch.compiler.is_compiling() or vars(self.context).get("any_range")):
+            check_range(image)
         images = self.pre_encoder(image)
         self.context.raw_side = self.model_adapter(images)
         return base(images[-1], *args, **kwargs)
+
+
+def check_range(image: Tensor) -> None:
+    """Raises RequestError unless the values are linear ones from 0 to 1, but for rounding: others train wrongly, and
+    without a word, since the stages cut what is outside."""
+    least, most = (float(value) for value in image.detach().aminmax())
+    if not (least >= -RANGE and most <= 1 + RANGE):
+        found = "NaN" if least != least or most != most else f"values from {least:.4g} to {most:.4g}"
+        raise RequestError(
+            f"RAWAdapter: the image holds {found}; it takes linear values from 0 (black level) to 1 (white level): use "
+            "the data RawFolders with the sensor's black and white, or normalisation {mean: [0, 0, 0], std: [255, 255, "
+            "255]} for demosaiced images"
+        )
 
 
 class Merge(Adapter):
@@ -163,6 +179,9 @@ class RAWAdapter(Method):
     @property
     def by_block(self) -> bool:
         return False
+
+    def example(self) -> dict[str, Any]:
+        return {"any_range": True}  # the proof of effect's images are of unit variance
 
     def sites(self, sites: Sites) -> Sites:
         """The network, and of its first three stages the last block, or the next one's first, with their width."""
