@@ -27,8 +27,9 @@ class Site:
     path: dotted name of ``module`` below the backbone ("" is the backbone itself).
     parameter: the tensor a weight adapter changes, None where the module has none.
     rows: the half-open range of output rows this role owns in a fused projection ("attention.qkv" is the whole one).
-    prefix: class and register tokens in front of the grid.  layout: axes of what flows through,
-    "BNC", "BHWC" or "BCHW".  width: its channels, of what comes out.  inputs: of what goes in (0: the same).
+    prefix: class and register tokens in front of the grid.  layout: axes of what flows through, "BNC", "BHWC", "BCHW",
+    or "B(HW)C" (tokens of a grid that convolutions know, so that none can be added).
+    width: its channels, of what comes out.  inputs: of what goes in (0: the same).
     tags: further names a selection may ask for ("resample").
     """
 

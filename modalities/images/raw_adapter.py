@@ -137,7 +137,7 @@ class RAWAdapter(Method):
     light on ADE20K has 3, trained; in the detection code's own low mode it is 3, fixed.
     ratio: of what a merge adds (paper: 1).  predictor: width of the attention predictors (paper: 64).
     head_sees: the maps of stages "merged", as in the published ResNets, or "plain", as in the published MiTs, where the
-    next stage alone sees what is merged; that takes a network whose stages begin with their downsampling.
+    next stage alone sees what is merged; that takes a network whose stages begin with their downsampling (``MiT``).
     freeze_backbone: the adapter alone trains; off, all weights do, as published.
     """
 
@@ -190,7 +190,7 @@ class RAWAdapter(Method):
             if site.role == "block" and site.tags and site.tags[0].startswith("stage"):
                 stages.setdefault(site.tags[0], []).append(site)
         if len(stages) < MERGED + (self.head_sees == "plain"):
-            raise RequestError(f"RAWAdapter needs a network of 4 stages (ResNet, LowFormer, EfficientMod); "
+            raise RequestError(f"RAWAdapter needs a network of 4 stages (ResNet, LowFormer, EfficientMod, MiT); "
                                f"{sites.owner} has {len(stages)}")  # fmt: skip
         (whole,) = sites.select("model")
         if whole.width != 3:
@@ -198,8 +198,13 @@ class RAWAdapter(Method):
                 f"RAWAdapter takes images of 3 bands (demosaiced RAW); {sites.owner} takes {whole.width}"
             )
         chosen = [stages[f"stage{s}"][-1] for s in range(MERGED)]
+        if self.head_sees == "merged" and "(" in chosen[0].layout:
+            raise RequestError(f"RAWAdapter head_sees merged: the norm that ends a stage of {sites.owner} comes behind "
+                               "its blocks; use head_sees=plain, as published")  # fmt: skip
         if self.head_sees == "plain":
-            after = [stages[f"stage{s + 1}"][0] for s in range(MERGED)]
+            entries = {tag: site for site in sites if "downsample" in site.tags and site.role == "conv"
+                       for tag in site.tags if tag.startswith("stage")}  # fmt: skip
+            after = [entries.get(f"stage{s + 1}") or stages[f"stage{s + 1}"][0] for s in range(MERGED)]
             chosen = [replace(a, width=c.width, tags=c.tags) for a, c in zip(after, chosen, strict=True)]
         return Sites([whole, *chosen], sites.owner)
 

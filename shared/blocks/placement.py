@@ -132,7 +132,7 @@ def ends(sites: Sites, depth: Any = "all") -> Sites:
     normed = any("block_end" in site.tags for site in sites)
     chosen = sites.select("norm", depth, "block_end") if normed else sites.select("block", depth)
     chosen = Sites([site for site in chosen if site.parameter in (None, "weight")], sites.owner)
-    if wrong := [site for site in chosen if site.layout not in ("BNC", "BHWC")]:
+    if wrong := [site for site in chosen if site.layout == "BCHW"]:
         raise RequestError(f"site {wrong[0].key} has layout {wrong[0].layout}: channels must come last (BNC, BHWC)")
     return chosen
 

@@ -158,8 +158,10 @@ class S2A(Method):
     def _side(self, site: Site) -> Side | None:
         if self.side is None:
             return None
-        if site.layout == "BHWC":
-            raise RequestError(f"site {site.key} has layout BHWC: the side path takes tokens (BNC) or maps (BCHW)")
+        if site.layout not in ("BNC", "BCHW"):
+            raise RequestError(
+                f"site {site.key} has layout {site.layout}: the side path takes tokens (BNC) or maps (BCHW)"
+            )
         if site.inputs not in (0, site.width):
             raise RequestError(f"S2A side at {site.key}: the block takes {site.inputs} channels and gives "
                                f"{site.width}; choose blocks that keep them by depth, or side=null")  # fmt: skip
