@@ -1,4 +1,5 @@
-"""Every method on backbones of maps, channels first (LowFormer) and last (Hiera): it acts, or is refused in one line.
+"""Every method on backbones of maps, channels first (LowFormer), last (Hiera) or of tokens that stay a grid (MiT): it
+acts, or is refused in one line.
 
 A method joins by existing. ``SETTINGS`` makes it small, and on LowFormer names roles that this has; ``REFUSED`` holds
 what each refusal says. What is in neither must work.
@@ -30,11 +31,12 @@ from shared.methods import (
 )
 from shared.sites import Site, Sites
 from tests.modalities.images.test_lowformer import tiny as lowformer
+from tests.modalities.images.test_mit import tiny as mit
 from tests.modalities.images.test_timm_hiera import tiny as hiera
 from tests.shared.hosts import HOSTS, Host
 from tests.shared.test_capabilities import out, rows
 
-MAPS = {"lowformer": lowformer, "hiera": hiera}
+MAPS = {"lowformer": lowformer, "hiera": hiera, "mit": mit}
 # Of every method that has a field of this name; maps are 16 x 24, 8 x 12, 4 x 6 and 2 x 3, no side the channels of its
 # stage, so that a layout taken for another fails.
 SMALL: dict[str, Any] = {
@@ -64,10 +66,15 @@ ON_LOWFORMER: dict[str, dict[str, Any]] = {
     "SparseAdapter": {"where": ("mlp",)},
 }  # fmt: skip
 ON_HIERA: dict[str, dict[str, Any]] = {"Hyperformer": {"depth": "last 1"}}
+ON_MIT: dict[str, dict[str, Any]] = {**ON_HIERA, "RAWAdapter": {"head_sees": "plain"}}
 REFUSED: dict[str, dict[str, str]] = {
     "AdapterShadow": dict.fromkeys(MAPS, "AdapterShadow is for the backbone SAM"),
     "BinaryAdaptFormer": {"lowformer": "no site of lowformer_b1 has role 'norm' .* with tags .'norm2'"},
-    "CloudAdapter": {"lowformer": "acts on tokens .BNC.; .* has BCHW", "hiera": "acts on tokens .BNC.; .* has BHWC"},
+    "CloudAdapter": {
+        "lowformer": "acts on tokens .BNC.; .* has BCHW",
+        "hiera": "acts on tokens .BNC.; .* has BHWC",
+        "mit": "acts on tokens .BNC.; .* has B.HW.C",
+    },
     "CoOp": dict.fromkeys(MAPS, "no site with role 'embedding'"),
     "CorDA": {"lowformer": "weight of Conv2d; only inputs of linear layers that are called can be measured"},
     "EarthAdapter": dict.fromkeys(MAPS, "acts on tokens; .* gives maps"),
@@ -75,9 +82,13 @@ REFUSED: dict[str, dict[str, str]] = {
     "MoLA": {"lowformer": "MoLA adapts linear layers"},
     "Pfeiffer": {"lowformer": "has layout BCHW: channels must come last .BNC, BHWC."},
     "Prefix": {"lowformer": "Prefix at .*attn.*: keys .* are no heads of 12 channels .*; use another method"},
-    "Prompt": {"lowformer": "BCHW: prompts go between tokens .BNC.", "hiera": "BHWC: prompts go between tokens"},
+    "Prompt": {
+        "lowformer": "BCHW: prompts go between tokens .BNC.",
+        "hiera": "BHWC: prompts go between tokens",
+        "mit": "B.HW.C: prompts go between tokens",
+    },
     "ResAdapter": dict.fromkeys(MAPS, "has role 'conv' at depth 'all' with tags .'resample'"),
-    "S2A": {"hiera": "has layout BHWC: prompts go between tokens .BNC."},
+    "S2A": {"hiera": "layout BHWC: prompts go between tokens .BNC.", "mit": "layout B.HW.C: prompts go between tokens"},
     "SketchTune": {"lowformer": "SketchTune compresses whole linear layers that are called"},
 }
 REFUSED["AdapterFusion"] = REFUSED["Pfeiffer"]
@@ -86,7 +97,7 @@ NOTHING = ("Full", "Probe", "Imported")  # attach nothing by themselves
 
 def settings(kind: type, host: str) -> dict[str, Any]:
     fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    own = {"lowformer": ON_LOWFORMER, "hiera": ON_HIERA}[host].get(kind.__name__, {})
+    own = {"lowformer": ON_LOWFORMER, "hiera": ON_HIERA, "mit": ON_MIT}[host].get(kind.__name__, {})
     small = {n: v for n, v in SMALL.items() if n in fields}
     return small | SETTINGS.get(kind.__name__, {}) | own
 
@@ -95,7 +106,7 @@ def adapted(name: str, host: str) -> tuple[Adapted, tuple[Tensor, ...], Tensor]:
     """The model with the method's adapters moved from their start, its inputs, and what it gave bare."""
     kind = catalog.find(name, "method").load()
     backbone: Any = MAPS[host]()
-    inputs = (torch.randn(2, 3, 64, 64 if name == "BlackVIP" else 96),)
+    inputs = (torch.rand(2, 3, 64, 64 if name == "BlackVIP" else 96),)
     bare, model = out(backbone, inputs), Adapted(backbone)
     if name == "AdapterFusion":
         for member in "abc":
@@ -129,7 +140,7 @@ def test_a_method_acts_on_maps_or_is_refused_in_one_line(name: str, host: str) -
 
 def test_the_table_names_methods_that_there_are() -> None:
     there = {entry.name for entry in catalog.entries("method")}
-    assert {*REFUSED, *SETTINGS, *ON_LOWFORMER, *ON_HIERA, *NOTHING} <= there
+    assert {*REFUSED, *SETTINGS, *ON_LOWFORMER, *ON_MIT, *NOTHING} <= there
 
 
 # -- layouts -------------------------------------------------------------------------------------------------------
