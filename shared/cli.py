@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from shared.errors import RequestError, WorkError
 
+KINDS = ("classes", "probabilities", "polygons", "maps", "images", "texts")  # not every task writes every one
 LISTS = {"methods": "method", "backbones": "backbone", "data": "data", "heads": "head", "tasks": "task", "recipes": ""}
 
 
@@ -125,7 +126,8 @@ def _on_runs(add: Callable[..., _Parser]) -> None:
     predict.add_argument(
         "-o", "--output", metavar="OUT", type=Path, required=True, help="a file for one, else a folder"
     )
-    predict.add_argument("--as", dest="kind", choices=("classes", "probabilities", "polygons"), help="what to write")
+    predict.add_argument("--as", dest="kind", choices=KINDS, metavar="KIND", help="what to write: " + ", ".join(KINDS))
+    predict.add_argument("--top", metavar="N", type=int, help="how many a ranked list has (default: 10)")
     predict.add_argument("--task", metavar="NAME", help="which of the tasks of a run that has several")
     predict.add_argument("--ensemble", metavar="SHARE", type=float, help="of the tuned model, 0 is zero-shot (CLIP)")
     predict.add_argument("--window", metavar="N", type=int, help="pixels a side (default: as trained)")
@@ -234,6 +236,10 @@ def _predict(asked: argparse.Namespace) -> None:
         options["ensemble"] = asked.ensemble
     elif asked.ensemble is not None:
         raise RequestError(f"--ensemble {asked.ensemble:g}: {asked.run} has no zero-shot model to be between")
+    if hasattr(trained.task, "top"):
+        options["top"] = asked.top
+    elif asked.top is not None:
+        raise RequestError(f"--top {asked.top}: {asked.run} ranks nothing")
     if getattr(trained.task, "dates", 1) > 1:
         options["reproject"] = asked.reproject
     elif asked.reproject:

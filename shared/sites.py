@@ -27,8 +27,9 @@ class Site:
     path: dotted name of ``module`` below the backbone ("" is the backbone itself).
     parameter: the tensor a weight adapter changes, None where the module has none.
     rows: the half-open range of output rows this role owns in a fused projection ("attention.qkv" is the whole one).
-    prefix: class and register tokens in front of the grid.  layout: axes of what flows through,
-    "BNC", "BHWC" or "BCHW".  width: its channels, of what comes out.  inputs: of what goes in (0: the same).
+    prefix: class and register tokens in front of the grid.  layout: axes of what flows through, "BNC", "BHWC", "BCHW",
+    or "B(HW)C" (tokens of a grid that convolutions know, so that none can be added).
+    width: its channels, of what comes out.  inputs: of what goes in (0: the same).
     tags: further names a selection may ask for ("resample").
     """
 
@@ -52,6 +53,11 @@ class Site:
             name = f"{name}:{self.role.rpartition('.')[2]}"
             return f"{name}:bias" if str(self.parameter).endswith("bias") else name
         return name if self.parameter in (None, "weight") else f"{name}:{self.parameter}"
+
+    @property
+    def axis(self) -> int:
+        """The axis of the channels in what flows through."""
+        return 1 if self.layout == "BCHW" else -1
 
     @property
     def bias(self) -> Site | None:
@@ -227,10 +233,13 @@ def multihead_sites(path: str, attention: nn.MultiheadAttention, depth: int, **m
     return [*sites, Site("attention.output", depth, out, attention.out_proj, width=width, **more)]
 
 
-def norm_sites(path: str, norm: nn.Module, depth: int, prefix: int = 0, *tags: str) -> Iterator[Site]:
+def norm_sites(
+    path: str, norm: nn.Module, depth: int, prefix: int = 0, *tags: str, layout: str = "BNC"
+) -> Iterator[Site]:
     """A norm's weight and bias, as far as it has them; its own name is a tag."""
     for parameter in ("weight", "bias"):
         tensor = norm._parameters.get(parameter)
         if tensor is not None:
             names = (path.rpartition(".")[2], *tags)
-            yield Site("norm", depth, path, norm, parameter, prefix=prefix, width=tensor.numel(), tags=names)
+            more = {"prefix": prefix, "layout": layout, "width": tensor.numel(), "tags": names}
+            yield Site("norm", depth, path, norm, parameter, **more)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from modalities.images.backbones import TimmViT
+from modalities.images.backbones import TimmResNet, TimmViT
 from shared.adapter import Adapter
 from shared.backbone import fingerprint
 from shared.errors import RequestError
@@ -27,10 +27,12 @@ class Decoder(nn.Module):
     """features (B, F) and a trigger vector that all images share, reshaped into a cube of ``side`` x ``side`` places,
     to a prompt (B, bands, 32 * side, 32 * side). Names of the tensors are the published ones.
 
-    Raises RequestError where the two vectors do not fill such a cube, or its channels do not divide 64.
+    groups: of the first layer; None: as many as the cube has channels.
+
+    Raises RequestError where the two vectors do not fill such a cube, or its channels or the groups do not divide 64.
     """
 
-    def __init__(self, features: int, trigger: int, side: int = 7, bands: int = 3):
+    def __init__(self, features: int, trigger: int, side: int = 7, bands: int = 3, groups: int | None = None):
         super().__init__()
         channels, rest = divmod(features + trigger, side**2)
         if trigger < 1 or rest or not channels or WIDTH % channels:
@@ -38,9 +40,14 @@ class Decoder(nn.Module):
                 f"BlackVIP trigger {trigger} beside {features} features: together they must be {side**2} "
                 f"(places of the cube) times a divisor of {WIDTH}, as {_nearest(features, side)} would be"
             )
+        groups = channels if groups is None else groups
+        if groups < 1 or channels % groups or WIDTH % groups:
+            raise RequestError(
+                f"BlackVIP groups {groups}: use a divisor of the cube's {channels} channels and of {WIDTH}"
+            )
         self.side = side
         self.p_trigger = nn.Parameter(torch.rand(1, trigger) / 10)
-        layers: list[nn.Module] = [nn.ConvTranspose2d(channels, WIDTH, 2, 2, groups=channels)]
+        layers: list[nn.Module] = [nn.ConvTranspose2d(channels, WIDTH, 2, 2, groups=groups)]
         widths = (WIDTH, 64, 32, 32, 16)
         for stage in range(4):
             if stage:
@@ -62,16 +69,18 @@ def _nearest(features: int, side: int) -> str:
 
 
 class Encoder(nn.Module):
-    """A frozen vision transformer that says what an image shows: its class token (B, width) before the last norm, or
-    the mean of its tokens where it has none."""
+    """A frozen network that says what an image shows (B, width): of a vision transformer the class token before the
+    last norm, or the mean of its tokens where it has none; of a ResNet the mean of its last map."""
 
-    def __init__(self, backbone: TimmViT):
+    def __init__(self, backbone: TimmViT | TimmResNet):
         super().__init__()
         self.backbone = backbone.requires_grad_(False).eval()
-        self.width = backbone.width
+        self.width = backbone.channels[-1]
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
+        if isinstance(self.backbone, TimmResNet):
+            return self.backbone(image).summary
         tokens, _, extras = self.backbone.embed(image)
         for block in self.backbone.blocks:
             tokens = block(tokens, **extras)
@@ -135,17 +144,22 @@ class BlackVIP(Method):
 
     Meant for ``BlackBox`` and trained with ``optimiser.type SPSA``; in front of a model that has gradients it can be
     trained by them too. Images must be normalised by the backbone's statistics, which give the range of pixels.
-    encoder: timm's name of a vision transformer (published: MAE's ViT-B).  encoder_checkpoint, encoder_weights:
-    as ``TimmViT`` takes them.  encoder_args: its other arguments (patch_size, seed, model_args).
+    encoder: timm's name of a vision transformer (published: MAE's ViT-B, also a supervised one) or of a ResNet
+    (published too: resnet50 with DINO's weights, which ``encoder_checkpoint`` names, trigger 1088 and groups 32).
+    encoder_checkpoint, encoder_weights: as ``TimmViT`` and ``TimmResNet`` take them.  encoder_args: their other
+    arguments (patch_size, seed, model_args).
     image_size: pixels a side, a multiple of 32 (published: 224).
     trigger: length of the trained vector beside the encoder's (published: 800 beside 768; in all 1,568 = 32 x 7 x 7).
+    groups: of the decoder's first layer; None: as many as the cube has channels (published with transformers).
     eps: strength of the prompt (published: 0.2 to 1 by data set).
     """
 
     record: ClassVar[Record] = Record(
         categories=("additive/soft prompt", "system/off-site"), acts_on="inputs", form="sequential", mergeable="no",
-        trains="trigger + 8928 + 64 * site.width", backward=False, modality="images", spec="blackvip",
-        why="its prompt is pixels, not tokens; with SPSA a step only runs the model forward, which may be anywhere",
+        trains="trigger + 8928 + 64 * site.width + (256 * (64 // groups - 1) if groups else 0)",
+        backward=False, modality="images", spec="blackvip",
+        why="its prompt is pixels, not tokens; with SPSA a step only runs the model forward, which may be anywhere; "
+        "with groups the formula counts a cube of 64 channels",
     )  # fmt: skip
 
     encoder: str = "vit_base_patch16_224.mae"
@@ -154,6 +168,7 @@ class BlackVIP(Method):
     encoder_args: dict[str, Any] | None = None
     image_size: int = 224
     trigger: int = 800
+    groups: int | None = None
     eps: float = 1.0
 
     def __post_init__(self) -> None:
@@ -171,13 +186,15 @@ class BlackVIP(Method):
             raise RequestError("BlackVIP needs the backbone's mean and deviation of each band; this one states none")
         mean, std = (torch.tensor(values) for values in statistics)
         encoder = Encoder(self._encoder(len(mean)))
-        decoder = Decoder(encoder.width, self.trigger, self.image_size // GROWTH, len(mean))
+        decoder = Decoder(encoder.width, self.trigger, self.image_size // GROWTH, len(mean), self.groups)
         return Coordinator(encoder, decoder, -mean / std, (255 - mean) / std, self.eps, self.image_size)
 
-    def _encoder(self, bands: int) -> TimmViT:
-        arguments = {"image_size": self.image_size, "depths": [-1], **(self.encoder_args or {})}
+    def _encoder(self, bands: int) -> TimmViT | TimmResNet:
+        kind = TimmResNet if self.encoder.startswith(("resnet", "wide_resnet", "resnext")) else TimmViT
+        sized = {} if kind is TimmResNet else {"image_size": self.image_size, "depths": [-1]}
+        arguments: dict[str, Any] = {**sized, **(self.encoder_args or {})}
         try:
-            return TimmViT(
+            return kind(
                 bands, name=self.encoder, weights=self.encoder_weights, checkpoint=self.encoder_checkpoint, **arguments
             )
         except RequestError as error:

@@ -22,6 +22,7 @@ from shared.method import Method
 from shared.sites import Site, Sites
 from shared.taxonomy import Record
 
+RANGE = 1e-3  # beyond 0 and 1 that a resampled image may be by rounding
 MERGED = 3  # stages whose outputs are merged with the side features
 
 
@@ -63,9 +64,24 @@ class Develop(Adapter):
         self.pre_encoder, self.model_adapter = pre_encoder, model_adapter
 
     def forward(self, base: Callable[..., Any], image: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not (torch.compiler.is_compiling() or vars(self.context).get("any_range")):
+            check_range(image)
         images = self.pre_encoder(image)
         self.context.raw_side = self.model_adapter(images)
         return base(images[-1], *args, **kwargs)
+
+
+def check_range(image: Tensor) -> None:
+    """Raises RequestError unless the values are linear ones from 0 to 1, but for rounding: others train wrongly, and
+    without a word, since the stages cut what is outside."""
+    least, most = (float(value) for value in image.detach().aminmax())
+    if not (least >= -RANGE and most <= 1 + RANGE):
+        found = "NaN" if least != least or most != most else f"values from {least:.4g} to {most:.4g}"
+        raise RequestError(
+            f"RAWAdapter: the image holds {found}; it takes linear values from 0 (black level) to 1 (white level): use "
+            "the data RawFolders with the sensor's black and white, or normalisation {mean: [0, 0, 0], std: [255, 255, "
+            "255]} for demosaiced images"
+        )
 
 
 class Merge(Adapter):
@@ -121,7 +137,7 @@ class RAWAdapter(Method):
     light on ADE20K has 3, trained; in the detection code's own low mode it is 3, fixed.
     ratio: of what a merge adds (paper: 1).  predictor: width of the attention predictors (paper: 64).
     head_sees: the maps of stages "merged", as in the published ResNets, or "plain", as in the published MiTs, where the
-    next stage alone sees what is merged; that takes a network whose stages begin with their downsampling.
+    next stage alone sees what is merged; that takes a network whose stages begin with their downsampling (``MiT``).
     freeze_backbone: the adapter alone trains; off, all weights do, as published.
     """
 
@@ -164,6 +180,9 @@ class RAWAdapter(Method):
     def by_block(self) -> bool:
         return False
 
+    def example(self) -> dict[str, Any]:
+        return {"any_range": True}  # the proof of effect's images are of unit variance
+
     def sites(self, sites: Sites) -> Sites:
         """The network, and of its first three stages the last block, or the next one's first, with their width."""
         stages: dict[str, list[Site]] = {}
@@ -171,7 +190,7 @@ class RAWAdapter(Method):
             if site.role == "block" and site.tags and site.tags[0].startswith("stage"):
                 stages.setdefault(site.tags[0], []).append(site)
         if len(stages) < MERGED + (self.head_sees == "plain"):
-            raise RequestError(f"RAWAdapter needs a network of 4 stages (ResNet, LowFormer, EfficientMod); "
+            raise RequestError(f"RAWAdapter needs a network of 4 stages (ResNet, LowFormer, EfficientMod, MiT); "
                                f"{sites.owner} has {len(stages)}")  # fmt: skip
         (whole,) = sites.select("model")
         if whole.width != 3:
@@ -179,8 +198,13 @@ class RAWAdapter(Method):
                 f"RAWAdapter takes images of 3 bands (demosaiced RAW); {sites.owner} takes {whole.width}"
             )
         chosen = [stages[f"stage{s}"][-1] for s in range(MERGED)]
+        if self.head_sees == "merged" and "(" in chosen[0].layout:
+            raise RequestError(f"RAWAdapter head_sees merged: the norm that ends a stage of {sites.owner} comes behind "
+                               "its blocks; use head_sees=plain, as published")  # fmt: skip
         if self.head_sees == "plain":
-            after = [stages[f"stage{s + 1}"][0] for s in range(MERGED)]
+            entries = {tag: site for site in sites if "downsample" in site.tags and site.role == "conv"
+                       for tag in site.tags if tag.startswith("stage")}  # fmt: skip
+            after = [entries.get(f"stage{s + 1}") or stages[f"stage{s + 1}"][0] for s in range(MERGED)]
             chosen = [replace(a, width=c.width, tags=c.tags) for a, c in zip(after, chosen, strict=True)]
         return Sites([whole, *chosen], sites.owner)
 

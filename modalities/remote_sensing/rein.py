@@ -111,6 +111,9 @@ class Link(Adapter):
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> LinkedFeatures:
         features = base(*args, **kwargs)
+        if not hasattr(features, "maps"):
+            raise RequestError(f"Rein link: the model gives {type(features).__name__}, no maps for a mask head; use "
+                               "link=false")  # fmt: skip
         queries = torch.stack([reins.queries() for reins in self.reins]).sum(0)
         return LinkedFeatures(features.maps, features.summary, queries.expand(len(features.summary), -1, -1))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -113,19 +113,26 @@ class OpenClip(Backbone):
             text = F.normalize(self.text(text), dim=-1)
         return Embeddings(pooled, text, patches, scale)
 
-    def tokens(self, texts: Sequence[str]) -> Tensor:
+    def tokens(self, texts: Sequence[str], *, cut: bool = False) -> Tensor:
         """Tokens (N, context) of texts, by open_clip's tokenizer, on the backbone's device.
 
-        Raises RequestError for a text that holds no word, or more tokens than the context: none is cut.
+        cut: leave out what is longer than the context, as open_clip does.
+
+        Raises RequestError as ``check_texts`` does.
         """
-        tokenizer, length = _tokenizer(), self.text.context_length
+        self.check_texts(texts, cut=cut)
+        length = self.text.context_length
+        return _tokenizer()(list(texts), context_length=length).to(self.logit_scale.device)
+
+    def check_texts(self, texts: Iterable[str], *, cut: bool = False) -> None:
+        """Raises RequestError for a text without a word, or of more tokens than the context where none is ``cut``."""
+        most = self.text.context_length - 2
         for text in texts:
-            if not (count := len(tokenizer.encode(text))):
+            if not (count := len(_tokenizer().encode(text))):
                 raise RequestError(f"text {text!r} holds no word")
-            if count + 2 > length:
+            if count > most and not cut:
                 told = f"{text[:40]}..." if len(text) > 40 else text
-                raise RequestError(f"text {told!r}: {count} tokens, {self.name} takes {length - 2}; shorten it")
-        return tokenizer(list(texts), context_length=length).to(self.logit_scale.device)
+                raise RequestError(f"text {told!r}: {count} tokens, {self.name} takes {most}; shorten it")
 
     def sites(self) -> Sites:
         sites = [Site("model", 0, "", self, parameter=None, layout="BCHW", width=self.bands)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,16 @@ from torch import Tensor
 
 from modalities.images.classification import Classification
 from modalities.vision_language.heads import ZeroShotHead
-from modalities.vision_language.zero_shot import check_share, class_texts, class_weights, clip_of, embed_texts
+from modalities.vision_language.zero_shot import (
+    check_share,
+    class_texts,
+    class_weights,
+    clip_of,
+    embed_texts,
+    similarity_maps,
+)
 from shared.adapted import Adapted
-from shared.errors import RequestError
+from shared.errors import RequestError, WorkError
 from shared.training.optimiser import Optimiser
 
 
@@ -113,12 +121,44 @@ class ClipClassification(Classification):
         with self.between(self.ensemble):
             return super().predict(image)
 
-    def predict_files(self, *args: Any, ensemble: float | None = None, **options: Any) -> None:
-        """As ``Classification`` writes them.  ensemble: in place of the task's own."""
+    @torch.no_grad()
+    def similarity_maps(self, image: Tensor) -> Tensor:
+        """image (B, bands, H, W), normalised, to cosines of each patch with each class (B, classes, h, w).
+
+        By the model at ``ensemble``: with its texts, or with the weights of a ``ZeroShotHead``.
+        """
+        with self.between(self.ensemble):
+            if isinstance(self.head, ZeroShotHead):
+                weights = torch.lerp(self.head.zero_shot, self.head.weight, self.head.share)
+            else:
+                weights = class_weights(self._text(), len(self.classes))
+            found = similarity_maps(self.model, image.to(self.device), weights)
+        if not torch.isfinite(found).all():
+            raise WorkError("the similarities are not finite: the image holds NaN, or the weights do")
+        return found
+
+    def predict_files(
+        self, inputs: Sequence[Path], output: Path, *, described: Mapping[str, Any], identity: Mapping[str, Any],
+        ensemble: float | None = None, kind: str | None = None, overwrite: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
+        """As ``Classification`` writes them, or with ``kind`` "maps" the ``similarity_maps`` of each image (see
+        ``map_files.map_images``).  ensemble: in place of the task's own."""
+        from modalities.images.data import Preparation
+        from modalities.vision_language.map_files import map_images
+
         before = self.ensemble
         self.ensemble = before if ensemble is None else ensemble
         try:
             check_share(self.ensemble)
-            super().predict_files(*args, **options)
+            if kind != "maps":
+                facts: dict[str, Any] = {"described": described, "identity": identity, "kind": kind}
+                super().predict_files(inputs, output, overwrite=overwrite, **facts, **options)
+                return
+            if unfit := [name for name, value in options.items() if value is not None]:
+                raise RequestError(
+                    f"predict --as maps: there is no --{unfit[0]}; the model sees one square of an image"
+                )
+            preparation = Preparation.of(described)
+            map_images(self.similarity_maps, self.classes, preparation, inputs, output, overwrite=overwrite)
         finally:
             self.ensemble = before

@@ -132,7 +132,7 @@ def ends(sites: Sites, depth: Any = "all") -> Sites:
     normed = any("block_end" in site.tags for site in sites)
     chosen = sites.select("norm", depth, "block_end") if normed else sites.select("block", depth)
     chosen = Sites([site for site in chosen if site.parameter in (None, "weight")], sites.owner)
-    if wrong := [site for site in chosen if site.layout not in ("BNC", "BHWC")]:
+    if wrong := [site for site in chosen if site.layout == "BCHW"]:
         raise RequestError(f"site {wrong[0].key} has layout {wrong[0].layout}: channels must come last (BNC, BHWC)")
     return chosen
 
@@ -145,7 +145,7 @@ def sublayers(sites: Sites, depth: Any = "all", which: tuple[str, ...] = ("atten
     found: list[Site] = []
     for name in which:
         last = {"attention": "attention.output", "mlp": "mlp.down"}[name]
-        found += [site if _called(site) else _whole(sites, name, site) for site in sites.select(last, depth)]
+        found += [site if called(site) else _whole(sites, name, site) for site in sites.select(last, depth)]
     return Sites(found, sites.owner)
 
 
@@ -154,7 +154,7 @@ def linears(sites: Sites, depth: Any = "all") -> Sites:
     inside = {
         site for site in sites
         if site.depth >= 0 and site.parameter == "weight" and site.rows is None
-        and isinstance(site.module, nn.Linear) and _called(site)
+        and isinstance(site.module, nn.Linear) and called(site)
     }  # fmt: skip
     if not inside:
         raise RequestError(f"{sites.owner} has no linear layer in its blocks; name roles to adapt")
@@ -162,7 +162,28 @@ def linears(sites: Sites, depth: Any = "all") -> Sites:
     return Sites([site for site in chosen if site in inside], sites.owner)
 
 
-def _called(site: Site) -> bool:
+def check_product(site: Site, method: str, hint: str) -> None:
+    """Raises RequestError unless the site's module gives the product of its weight with each place of its input.
+
+    So do a linear layer that is called and a 1 x 1 convolution; other convolutions do not, and the weights of
+    ``nn.MultiheadAttention`` are read without a call of their own.
+    """
+    module: Any = site.module
+    if isinstance(module, nn.Conv2d):
+        plain = module.kernel_size == module.stride == (1, 1) and module.padding in ((0, 0), "same", "valid")
+        if plain and module.groups == 1:
+            return
+        what = f"a convolution of {' x '.join(map(str, module.kernel_size))} pixels, stride {module.stride[0]}"
+        what += f", in {module.groups} groups" if module.groups > 1 else ""
+    elif isinstance(module, nn.Linear) and called(site):
+        return
+    else:
+        what = f"{type(module).__name__}, whose weight is read without a call"
+    raise RequestError(f"{method} at {site.key} ({site.role}): it goes around linear layers that are called, and 1 x 1 "
+                       f"convolutions; this is {what}: {hint}")  # fmt: skip
+
+
+def called(site: Site) -> bool:
     return not isinstance(site.module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 

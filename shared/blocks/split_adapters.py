@@ -12,7 +12,7 @@ from shared.adapter import Adapter, Factors, WeightAdapter
 from shared.blocks.bottleneck import ACTIVATIONS
 from shared.blocks.placement import Residual, on_output, take
 from shared.blocks.split import Drawn, Split
-from shared.errors import WorkError
+from shared.errors import RequestError, WorkError
 
 ACTIVATION = {"adaptformer": "gelu", "pfeiffer": "relu", "houlsby": "swish"}
 
@@ -21,17 +21,17 @@ class SplitBottleneck(Drawn, Adapter):
     """``mlp(x) + scale * up(dropout(act(down(norm(h)))))``; the start is the identity.
 
     h: the residual stream where ``residual`` is given, else what the MLP reads ("adaptformer") or gives ("pfeiffer").
-    down, up: layers (width to inner and back), split or whole.  style: a key of ``ACTIVATION``.
+    down, up: layers (width to inner and back), split or whole.  style: a key of ``ACTIVATION``.  axis: of the channels.
     """
 
     def __init__(
         self, width: int, down: nn.Module, up: nn.Module, *, norm: bool, style: str, scale: float, dropout: float,
-        residual: Residual | None = None,
+        residual: Residual | None = None, axis: int = -1,
     ):  # fmt: skip
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6) if norm else nn.Identity()
         self.down, self.up = down, up
-        self.style, self.scale, self.dropout = style, scale, dropout
+        self.style, self.scale, self.dropout, self.axis = style, scale, dropout, axis
         self.residual = (residual,)  # in a tuple, as its modules are not this adapter's
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -46,11 +46,12 @@ class SplitBottleneck(Drawn, Adapter):
         return on_output(output, lambda f: f + self.branch(h))
 
     def branch(self, h: Tensor) -> Tensor:
-        """h (..., width) to what is added, of its shape."""
+        """h (..., width), or (B, width, H, W), to what is added, of its shape."""
         down, up = self.experts()
-        x = self.norm(h.to(next(self.up.parameters()).dtype))
+        x = self.norm(h.movedim(self.axis, -1).to(next(self.up.parameters()).dtype))
         inner = ACTIVATIONS[ACTIVATION[self.style]](_run(self.down, x, down))
-        return (_run(self.up, F.dropout(inner, self.dropout, self.training), up) * self.scale).to(h.dtype)
+        change = _run(self.up, F.dropout(inner, self.dropout, self.training), up) * self.scale
+        return change.to(h.dtype).movedim(-1, self.axis)
 
 
 class AfterAttention(SplitBottleneck):
@@ -77,7 +78,8 @@ class AfterMLP(SplitBottleneck):
         output, (attention, mlp) = base(*args, **kwargs), self.within
         seen, read, attention.seen, mlp.seen = attention.seen, mlp.seen, None, None
         if seen is None or seen[0] is take(args, kwargs)[0] or read is not seen[2]:
-            raise WorkError("MoSA: houlsby needs blocks whose MLP follows the attention and reads the stream normed")
+            raise RequestError("MoSA: houlsby needs blocks whose MLP follows the attention and reads the stream "
+                               "normed; use style=adaptformer or pfeiffer")  # fmt: skip
         output = on_output(output, lambda y: y + seen[1])
         return on_output(output, lambda y: y + self.branch(y))
 

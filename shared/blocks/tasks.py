@@ -93,24 +93,28 @@ class AfterByTask(Adapter):
     """``y + after(branch(before(y)))`` with the call's branch: series, on the output.
 
     branches: bottlenecks by task, or one named ``ALL``.  before, after: norms of the branch that all tasks share.
-    squares: where it is a list, calls add the mean square of what their bottleneck holds after its activation.
+    axis: of the channels.  squares: where it is a list, calls add the mean square of what their bottleneck holds after
+    its activation.
     """
 
     def __init__(
-        self, branches: Mapping[str, Bottleneck], before: nn.Module | None = None, after: nn.Module | None = None
-    ):
+        self, branches: Mapping[str, Bottleneck], before: nn.Module | None = None, after: nn.Module | None = None,
+        *, axis: int = -1,
+    ):  # fmt: skip
         super().__init__()
         self.branches = ByTask(branches)
         self.before, self.after = before or nn.Identity(), after or nn.Identity()
+        self.axis = axis
         self.squares: list[Tensor] | None = None
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         branch: Any = self.branches[ALL if ALL in self.branches else task_of(self.context, self.branches)]
 
         def change(y: Tensor) -> Tensor:
-            z = branch.inner(self.before(y.to(next(branch.parameters()).dtype)))
+            x = y.movedim(self.axis, -1)
+            z = branch.inner(self.before(x.to(next(branch.parameters()).dtype)))
             if self.squares is not None and torch.is_grad_enabled():
                 self.squares.append(z.square().mean())
-            return y + self.after(branch.outer(z)).to(y.dtype)
+            return y + self.after(branch.outer(z)).to(y.dtype).movedim(-1, self.axis)
 
         return on_output(base(*args, **kwargs), change)

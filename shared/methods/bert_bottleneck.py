@@ -77,7 +77,7 @@ class BertBottleneck(Method):
     def build(self, site: Site) -> Adapter:
         branch = Bottleneck(
             site.width, site.width, self.widths.get(str(site.depth), self.width), activation=self.activation,
-            dropout=self.dropout, scale=self.scale, where=site.key,
+            dropout=self.dropout, scale=self.scale, where=site.key, layout=site.layout,
         )  # fmt: skip
         kind = {"pfeiffer": AroundNorm, "parallel": OnResidual}.get(self.place, After)
         return kind(branch)

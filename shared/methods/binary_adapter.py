@@ -130,7 +130,14 @@ class BinaryAdaptFormer(_Quantised):
     def sites(self, sites: Sites) -> Sites:
         norms = [s for s in sites.select("norm", self.depth, "norm2") if s.parameter == "weight"]
         calls = Sites([dataclasses.replace(s, parameter=None) for s in norms], sites.owner)
-        return calls + sites.select("mlp", self.depth)
+        mlps = sites.select("mlp", self.depth)
+        fronted = {norm.path.rpartition(".")[0] for norm in norms}
+        if bare := [mlp for mlp in mlps if mlp.path.rpartition(".")[0] not in fronted or mlp.layout == "BCHW"]:
+            raise RequestError(
+                f"BinaryAdaptFormer at {bare[0].key}: it needs blocks whose MLP has a norm (norm2) in front and "
+                f"channels last; of {sites.owner} choose others by depth, or use AdaptFormer"
+            )
+        return calls + mlps
 
     def build(self, site: Site) -> Adapter:
         if site.role == "norm":

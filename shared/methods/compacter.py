@@ -70,7 +70,8 @@ class Compacter(Method):
         wide, narrow, zero = site.width, reduced(site.width, self.reduction, site.key), self.start == "zero"
         down = PHMLinear(wide, narrow, shared or self._rule(), rank=self.rank, where=site.key)
         up = PHMLinear(narrow, wide, shared or self._rule(), rank=self.rank, zero=zero, where=site.key)
-        return After(Bottleneck(wide, wide, narrow, activation=self.activation, where=site.key, layers=(down, up)))
+        return After(Bottleneck(wide, wide, narrow, activation=self.activation, where=site.key, layers=(down, up),
+                                layout=site.layout))  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,4 +101,5 @@ class LowRankAdapter(Method):
         wide, narrow, zero = site.width, reduced(site.width, self.reduction, site.key), self.start == "zero"
         down = LowRankLinear(wide, narrow, self.rank, where=site.key)
         up = LowRankLinear(narrow, wide, self.rank, zero=zero, where=site.key)
-        return After(Bottleneck(wide, wide, narrow, activation=self.activation, where=site.key, layers=(down, up)))
+        return After(Bottleneck(wide, wide, narrow, activation=self.activation, where=site.key, layers=(down, up),
+                                layout=site.layout))  # fmt: skip

@@ -26,17 +26,21 @@ PLACES = ("mlp", "attention", "cross_attention")
 
 
 class Generated(Adapter):
-    """``y + up(gelu(down(y)))`` with the tensors that ``hyper`` gives for the call's task, this layer and place."""
+    """``y + up(gelu(down(y)))`` with the tensors that ``hyper`` gives for the call's task, this layer and place.
 
-    def __init__(self, hyper: HyperNetwork, layer: int, place: str):
+    axis: of the channels.
+    """
+
+    def __init__(self, hyper: HyperNetwork, layer: int, place: str, axis: int):
         super().__init__()
-        self.hyper, self.layer, self.place = hyper, layer, place
+        self.hyper, self.layer, self.place, self.axis = hyper, layer, place, axis
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = self.hyper(task_of(self.context, self.hyper.embeddings), self.layer, self.place)
 
         def change(y: Tensor) -> Tensor:
-            return y + bottleneck(y.to(given["up.bias"].dtype), given).to(y.dtype)
+            x = y.movedim(self.axis, -1).to(given["up.bias"].dtype)
+            return y + bottleneck(x, given).to(y.dtype).movedim(-1, self.axis)
 
         return on_output(base(*args, **kwargs), change)
 
@@ -124,7 +128,7 @@ class Hyperformer(Method):
             depths = sorted({site.depth for site in stack})
             hyper = self._network(stack, len(depths), embeddings)
             for site in stack:
-                found[site.key] = Generated(hyper, depths.index(site.depth), place_of(site))
+                found[site.key] = Generated(hyper, depths.index(site.depth), place_of(site), site.axis)
         return {site.key: found[site.key] for site in sites}
 
     def _network(self, stack: Sequence[Site], layers: int, embeddings: ByTask) -> HyperNetwork:

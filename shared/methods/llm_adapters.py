@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 from shared.adapter import Adapter, WeightAdapter
 from shared.blocks.bottleneck import Bottleneck
 from shared.blocks.low_rank import LowRank
-from shared.blocks.placement import After, Before, Beside
+from shared.blocks.placement import After, Before, Beside, check_product
 from shared.errors import RequestError
 from shared.method import Method
 from shared.sites import Site, Sites
@@ -70,6 +70,7 @@ class SeriesAdapter(_OnLinears):
         return sites.select(self.roles or roles or ("mlp.up",), self.depth)
 
     def build(self, site: Site) -> Adapter:
+        check_product(site, "SeriesAdapter", "use roles such as mlp.up and mlp.down")
         rows, columns = site.weight.shape[:2]
         if site.role in OUTWARD:
             return After(self.branch(rows, rows, site), site.rows)
@@ -102,4 +103,9 @@ class ParallelAdapter(_OnLinears):
             change = LowRank(site.weight.shape, self.width, float(self.scale), self.dropout, where=site.key)
             change.down.data, change.up.data = branch.down.weight.data, branch.up.weight.data.t().contiguous()
             return change
+        check_product(
+            site,
+            "ParallelAdapter",
+            "use roles such as mlp.up and mlp.down, or activation 'none', a change of the weight",
+        )
         return Beside(branch, site.rows)

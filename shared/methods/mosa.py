@@ -129,24 +129,30 @@ class MoSA(_Split):
         if self.style == "pfeiffer" or (self.style == "adaptformer" and not self.norm):
             return mlps
         found = mlps + Sites([_norm_before(sites, mlp) for mlp in mlps])
-        return found + sites.select("block", self.depth) if self.style == "houlsby" else found
+        if self.style != "houlsby":
+            return found
+        blocks = sites.select("block", self.depth)
+        if bare := [mlp.path for mlp in mlps if _parent(mlp) not in {block.path for block in blocks}]:
+            raise RequestError(f"MoSA: {bare[0]} of {sites.owner} lies in no block that could be adapted; "
+                               "style=houlsby needs one, use adaptformer or pfeiffer")  # fmt: skip
+        return found + blocks
 
     def build_all(self, sites: Sites) -> dict[str, Adapter]:  # type: ignore[override]
         if self.style == "houlsby":
             return self._on_stream(sites)
-        norms = {site.depth: (site.key, Residual()) for site in sites if site.role == "norm"}
+        norms = {_parent(site): (site.key, Residual()) for site in sites if site.role == "norm"}
         built: dict[str, Adapter] = {}
         for site in sites:
             if site.role == "mlp":
-                key, residual = norms.get(site.depth, ("", None))
+                key, residual = norms.get(_parent(site), ("", None))
                 built[site.key] = SplitBottleneck(**self._parts(site), residual=residual)
                 built |= {key: residual} if residual is not None else {}
         return built
 
     def _on_stream(self, sites: Sites) -> dict[str, Adapter]:
-        at, built = {(site.role, site.depth): site for site in sites}, {}
+        at, built = {(site.role, _parent(site)): site for site in sites}, {}
         for block in (site for site in sites if site.role == "block"):
-            norm, mlp = at["norm", block.depth], at["mlp", block.depth]
+            norm, mlp = at["norm", block.path], at["mlp", block.path]
             built[norm.key] = first = AfterAttention(**self._parts(norm))
             built[mlp.key] = reads = Residual()
             built[block.key] = last = AfterMLP(**self._parts(block))
@@ -157,7 +163,7 @@ class MoSA(_Split):
         down = self.layer("down", site.width, self.width, site.key)
         up = self.layer("up", self.width, site.width, site.key)
         settings = {name: getattr(self, name) for name in ("norm", "style", "scale", "dropout")}
-        return {"width": site.width, "down": down, "up": up, **settings}
+        return {"width": site.width, "down": down, "up": up, "axis": site.axis, **settings}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,13 +198,14 @@ class MoSL(_Split):
         return SplitLowRank(down, up, self.scale, self.dropout)
 
 
+def _parent(site: Site) -> str:
+    """The path of what its module lies in."""
+    return site.path.rpartition(".")[0]
+
+
 def _norm_before(sites: Sites, mlp: Site) -> Site:
     """The norm that the MLP reads through: the last of its block that is not inside the attention."""
-    block = mlp.path.rpartition(".")[0]
-    norms = [
-        site for site in sites
-        if site.role == "norm" and site.parameter == "weight" and site.path.rpartition(".")[0] == block
-    ]  # fmt: skip
+    norms = [s for s in sites if s.role == "norm" and s.parameter == "weight" and _parent(s) == _parent(mlp)]
     if not norms:
         raise RequestError(f"MoSA: no norm stands beside {mlp.path} of {sites.owner}; use norm=false or style=pfeiffer")
     return norms[-1]

@@ -45,19 +45,27 @@ class CachedPrefix(PrefixTokens):
 
 
 class AttentionPrefix(PrefixTokens):
-    """At one attention in which every token sees all others, as it calls torch's fused attention."""
+    """At one attention in which every token sees all others, as it calls torch's fused attention. where: its site."""
+
+    def __init__(self, count: int, blocks: int, channels: int, projection: int | None, where: str):
+        super().__init__(count, blocks, channels, projection)
+        self.where = where
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with _InFront(self.tokens()[:, 0]):
-            return base(*args, **kwargs)
+        with _InFront(self.tokens()[:, 0], self.where) as mode:
+            output = base(*args, **kwargs)
+        if not torch.compiler.is_compiling() and not mode.seen:
+            raise RequestError(f"Prefix at {self.where}: this attention is not torch's fused one, into which the "
+                               "prefix goes; use another method, such as LoRA")  # fmt: skip
+        return output
 
 
 class _InFront(TorchFunctionMode):
     """Within the block ``scaled_dot_product_attention`` sees keys and values (n, 2, channels) in front of its own."""
 
-    def __init__(self, prefix: Tensor):
+    def __init__(self, prefix: Tensor, where: str):
         super().__init__()
-        self.prefix = prefix
+        self.prefix, self.where, self.seen = prefix, where, False
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -66,6 +74,11 @@ class _InFront(TorchFunctionMode):
         query, key, value, *rest = args
         if kwargs.get("is_causal") or kwargs.get("attn_mask") is not None or any(part is not None for part in rest[:1]):
             raise RequestError("Prefix: this attention is masked; its backbone has to take the prefix itself")
+        self.seen = True
+        if key.ndim != 4 or key.shape[1] * key.shape[3] != self.prefix.shape[2] or key.shape != value.shape:
+            shapes = f"keys {tuple(key.shape)} and values {tuple(value.shape)}"
+            raise RequestError(f"Prefix at {self.where}: {shapes} are no heads of {self.prefix.shape[2]} channels each "
+                               "between them; use another method, such as LoRA")  # fmt: skip
         heads = self.prefix.to(key.dtype).unflatten(2, (key.shape[1], key.shape[3])).permute(1, 2, 0, 3)
         keys, values = (part.expand(len(key), -1, -1, -1) for part in heads)
         return function(query, torch.cat([keys, key], 2), torch.cat([values, value], 2), *rest, **kwargs)
@@ -115,4 +128,4 @@ class Prefix(Method):
             return CachedPrefix(self.count, blocks, channels, self.projection)  # type: ignore[arg-type]
         if isinstance(site.module, nn.MultiheadAttention):
             raise RequestError(f"site {site.key}: nn.MultiheadAttention has no place for a prefix; use Prompt")
-        return AttentionPrefix(self.count, 1, site.width, self.projection)
+        return AttentionPrefix(self.count, 1, site.width, self.projection, site.key)

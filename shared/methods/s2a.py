@@ -150,7 +150,7 @@ class S2A(Method):
         if not self.prompts:
             return None
         if site.layout == "BCHW":
-            return Border(site.width, self.prompts)
+            return Border(site.inputs or site.width, self.prompts)
         if site.layout != "BNC":
             raise RequestError(f"site {site.key} has layout {site.layout}: prompts go between tokens (BNC)")
         return Tokens(self.prompts, site.width, self.prompt_rank, where=site.key)
@@ -158,13 +158,20 @@ class S2A(Method):
     def _side(self, site: Site) -> Side | None:
         if self.side is None:
             return None
-        if site.layout == "BHWC":
-            raise RequestError(f"site {site.key} has layout BHWC: the side path takes tokens (BNC) or maps (BCHW)")
+        if site.layout not in ("BNC", "BCHW"):
+            raise RequestError(
+                f"site {site.key} has layout {site.layout}: the side path takes tokens (BNC) or maps (BCHW)"
+            )
+        if site.inputs not in (0, site.width):
+            raise RequestError(f"S2A side at {site.key}: the block takes {site.inputs} channels and gives "
+                               f"{site.width}; choose blocks that keep them by depth, or side=null")  # fmt: skip
         on_maps = site.layout == "BCHW"
         return Side(site.width, self.reduction, kernel=self.kernel if on_maps else 1, batch=on_maps, where=site.key)
 
     def _ladder(self, sites: Sites) -> dict[str, Adapter | WeightAdapter]:
         blocks = [site for site in sites if site.role == "block"]
+        if several := [site.key for site in blocks if site.width != blocks[0].width or site.layout == "BCHW"]:
+            raise RequestError(f"S2A's ladder climbs blocks of one width with channels last; {several[0]} is another")
         final = [site for site in sites if site.role == "norm"]
         if len(final) != 1:
             raise RequestError(f"{sites.owner} has {len(final)} final norms; S2A's ladder ends in front of one")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
 
-from shared.blocks.placement import linears
+from shared.blocks.placement import called, linears
 from shared.blocks.sketch import Sketched
 from shared.blocks.sketch_learning import learn
 from shared.errors import RequestError
@@ -70,8 +70,11 @@ class SketchTune(Method):
 
     def build(self, site: Site) -> Sketched:
         host = site.module
-        if not isinstance(host, torch.nn.Linear) or site.parameter != "weight" or site.rows is not None:
-            raise RequestError(f"site {site.key} ({site.role}): SketchTune compresses whole linear layers")
+        whole = site.parameter == "weight" and site.rows is None
+        if not (whole and isinstance(host, torch.nn.Linear) and called(site)):
+            raise RequestError(
+                f"site {site.key} ({site.role}): SketchTune compresses whole linear layers that are called"
+            )
         return Sketched(host, self.bits, self.groups, getattr(torch, self.dtype), site.key)
 
     def prepare(self, model: Adapted, name: str, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:

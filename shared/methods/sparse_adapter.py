@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 
 
 class SparseBottleneck(nn.Module):
-    """``scale * up(dropout(relu(down(norm(x)))))`` with masks on down and up: (..., C) to (..., C), in float32."""
+    """``scale * up(dropout(relu(down(norm(x)))))`` with masks on down and up, in float32: (..., C), or maps
+    (B, C, H, W), to the same shape."""
 
     def __init__(self, method: SparseAdapter, site: Site):
         super().__init__()
         if method.width < 1:
             raise RequestError(f"SparseAdapter width {method.width} at {site.key}: use at least 1")
+        self.axis = site.axis
         self.norm = nn.LayerNorm(site.width) if method.norm != "none" else nn.Identity()
         self.before, self.dropout = method.norm == "in", float(method.dropout)
         self.down, self.up = MaskedLinear(site.width, method.width), MaskedLinear(method.width, site.width)
@@ -47,10 +49,10 @@ class SparseBottleneck(nn.Module):
             nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.to(self.down.weight.dtype)
+        h = x.movedim(self.axis, -1).to(self.down.weight.dtype)
         h = F.relu(self.down(self.norm(h) if self.before else h))
         y = self.up(F.dropout(h, self.dropout, self.training)) * self.scale
-        return (y if self.before else self.norm(y)).to(x.dtype)
+        return (y if self.before else self.norm(y)).to(x.dtype).movedim(-1, self.axis)
 
     def flow(self) -> Tensor:
         """Mean of what comes out for ones in place of ``norm(x)``, every parameter replaced by its absolute value."""

@@ -93,7 +93,7 @@ class VLAdapter(Method):
             elif self.share == "up":
                 branch.up = first.up
         norms = [nn.LayerNorm(site.width) if wanted else None for wanted in (self.norm_before, self.norm_after)]
-        return AfterByTask(branches, *norms)
+        return AfterByTask(branches, *norms, axis=site.axis)
 
     def connect(self, model: Adapted, modules: Mapping[str, nn.Module]) -> None:
         freeze(nn.ModuleList(modules.values()), self.further)

@@ -258,7 +258,7 @@ def _sites(backbone: EfficientMod) -> Iterator[Site]:
             yield from _block(path, block, depth, width)
         if stage.downsample is not None:
             yield from _reduction(f"model.layers.{s}.downsample", stage.downsample, depth, "downsample")
-    yield from norm_sites("model.norm", model.norm, depth, 0, "final")
+    yield from norm_sites("model.norm", model.norm, depth, 0, "final", layout="BHWC")
 
 
 def _block(path: str, block: Any, depth: int, width: int) -> Iterator[Site]:
@@ -270,7 +270,7 @@ def _block(path: str, block: Any, depth: int, width: int) -> Iterator[Site]:
     yield linear("mlp.down", "mlp.fc2", block.mlp.fc2)
     for name in ("norm", "norm1", "norm2"):
         if hasattr(block, name):
-            yield from norm_sites(f"{path}.{name}", getattr(block, name), depth)
+            yield from norm_sites(f"{path}.{name}", getattr(block, name), depth, layout="BHWC")
     if isinstance(block, AttentionBlock):
         yield from _attention(path, block.attn, depth, width)
         return
@@ -294,4 +294,4 @@ def _attention(path: str, attention: Attention, depth: int, width: int) -> Itera
 
 def _reduction(path: str, part: Reduction, depth: int, tag: str) -> Iterator[Site]:
     yield Site("conv", depth, f"{path}.proj", part.proj, layout="BCHW", width=part.proj.out_channels, tags=(tag,))
-    yield from norm_sites(f"{path}.norm", part.norm, depth, 0, tag)
+    yield from norm_sites(f"{path}.norm", part.norm, depth, 0, tag, layout="BHWC")

@@ -120,14 +120,20 @@ def _sites(backbone: LowFormer) -> Iterator[Site]:
     for s, stage in enumerate(model.stages):
         for i, block in enumerate(stage):
             depth += 1
-            path, width, tags = f"model.stages.{s}.{i}", backbone.channels[s], (f"stage{s}",)
-            yield Site("block", depth, path, block, parameter=None, layout="BCHW", width=width, tags=tags)
+            path, width = f"model.stages.{s}.{i}", backbone.channels[s]
+            more: dict[str, Any] = {"inputs": _inputs(block), "tags": (f"stage{s}",)}
+            yield Site("block", depth, path, block, parameter=None, layout="BCHW", width=width, **more)
             if hasattr(block, "local"):
                 yield from _attention(path, block, depth, width)
                 yield from _mlp(path, block, depth, width)
                 yield from _convolutions(f"{path}.local", block.local, depth)
             else:
                 yield from _convolutions(path, block, depth, ("downsample",) if s > 1 or i == 0 else ())
+
+
+def _inputs(block: nn.Module) -> int:
+    """The channels that a block takes."""
+    return next(module.in_channels for module in block.modules() if isinstance(module, nn.Conv2d))
 
 
 def _attention(path: str, block: Any, depth: int, width: int) -> Iterator[Site]:
@@ -137,7 +143,7 @@ def _attention(path: str, block: Any, depth: int, width: int) -> Iterator[Site]:
     where = f"{path}.attn.main" + (".1" if parts else "")
     attention: Any = parts.get("1", block.attn.main)
     if parts:
-        yield from norm_sites(f"{path}.attn.main.0", parts["0"], depth, 0, "attention")
+        yield from norm_sites(f"{path}.attn.main.0", parts["0"], depth, 0, "attention", layout="BCHW")
     yield Site("attention", depth, where, attention, parameter=None, layout="BCHW", width=width)
     yield from _convolutions(f"{where}.conv_proj", attention.conv_proj, depth)
     inside = attention.pwise.out_channels
@@ -149,7 +155,7 @@ def _mlp(path: str, block: Any, depth: int, width: int) -> Iterator[Site]:
         return
     norm, up, _, down, _ = block.mlp.main
     where = f"{path}.mlp.main"
-    yield from norm_sites(f"{where}.0", norm, depth, 0, "mlp")
+    yield from norm_sites(f"{where}.0", norm, depth, 0, "mlp", layout="BCHW")
     yield Site("mlp", depth, where, block.mlp.main, parameter=None, layout="BCHW", width=width)
     yield Site("mlp.up", depth, f"{where}.1", up, layout="BCHW", width=up.out_channels)
     yield Site("mlp.down", depth, f"{where}.3", down, layout="BCHW", width=width)
@@ -163,4 +169,4 @@ def _convolutions(path: str, part: nn.Module, depth: int, tags: tuple[str, ...] 
             own = ("depthwise",) if module.groups == module.in_channels > 1 else ()
             yield Site("conv", depth, where, module, layout="BCHW", width=module.out_channels, tags=(*tags, *own))
         elif isinstance(module, nn.BatchNorm2d):
-            yield from norm_sites(where, module, depth)
+            yield from norm_sites(where, module, depth, layout="BCHW")

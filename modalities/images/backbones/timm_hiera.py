@@ -146,7 +146,7 @@ def _block(path: str, block: Any, depth: int, tags: tuple[str, ...]) -> Iterator
         more: dict[str, Any] = {"inputs": block.dim, "tags": ("shortcut",)}
         yield Site("linear", depth, f"{path}.proj", block.proj, layout="BHWC", width=width, **more)
     for name in ("norm1", "norm2"):
-        yield from norm_sites(f"{path}.{name}", getattr(block, name), depth)
+        yield from norm_sites(f"{path}.{name}", getattr(block, name), depth, layout="BHWC")
 
 
 def _attention(path: str, attention: Any, depth: int, inputs: int, width: int) -> Iterator[Site]:

@@ -123,7 +123,8 @@ def _sites(backbone: TimmResNet) -> Iterator[Site]:
         for i, block in enumerate(model.get_submodule(f"layer{s + 1}")):
             depth += 1
             path, width = f"model.layer{s + 1}.{i}", backbone.channels[s]
-            yield Site("block", depth, path, block, parameter=None, layout="BCHW", width=width, tags=(f"stage{s}",))
+            more: dict[str, Any] = {"inputs": block.conv1.in_channels, "tags": (f"stage{s}",)}
+            yield Site("block", depth, path, block, parameter=None, layout="BCHW", width=width, **more)
             for name, part in block.named_children():
                 yield from _layers(f"{path}.{name}", part, depth, *(("downsample",) if name == "downsample" else ()))
 
@@ -135,4 +136,4 @@ def _layers(path: str, part: nn.Module, depth: int, *tags: str) -> Iterator[Site
         if isinstance(module, nn.Conv2d):
             yield Site("conv", depth, where, module, layout="BCHW", width=module.out_channels, tags=tags)
         elif isinstance(module, nn.BatchNorm2d):
-            yield from norm_sites(where, module, depth, 0, *tags)
+            yield from norm_sites(where, module, depth, 0, *tags, layout="BCHW")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from modalities.images.data.classified import BAND_NAMES
+from modalities.images.data.prepared import BAND_NAMES
 from modalities.images.data.splits import SPLITS
 from modalities.images.data.statistics import Moments, Normalisation, given
 from shared.errors import RequestError

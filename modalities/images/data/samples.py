@@ -21,15 +21,20 @@ from shared.errors import RequestError
 Flip = Literal["horizontal", "both"]
 
 
-class Source(Protocol):
-    """Labelled images. names: one for each.  labels: class indices."""
+class Readable(Protocol):
+    """Images. names: one for each."""
 
     names: list[str]
-    labels: list[int]
 
     def read(self, index: int) -> np.ndarray:
         """(bands, H, W) in values from 0 to 255: uint8, or float32 of camera RAW."""
         ...
+
+
+class Source(Readable, Protocol):
+    """Labelled images. labels: class indices."""
+
+    labels: list[int]
 
 
 @dataclass(frozen=True)
@@ -73,14 +78,19 @@ class Preparation:
         return torch.from_numpy(self.normalisation.apply(pixels.numpy()))
 
 
-class Images(Dataset):
-    """Samples of the given members of a source. Position ``epoch * len + i`` is image i as ``epoch`` augments it.
+class Prepared(Dataset):
+    """The given members of a source. Position ``epoch * len + i`` is image i as ``epoch`` augments it.
 
     augment: None for none.  seed: of the augmentation.
     """
 
     def __init__(
-        self, source: Source, members: Sequence[int], preparation: Preparation, augment: Augmentation | None, seed: int
+        self,
+        source: Readable,
+        members: Sequence[int],
+        preparation: Preparation,
+        augment: Augmentation | None,
+        seed: int,
     ):
         self.source, self.members, self.preparation = source, list(members), preparation
         self.augment, self.seed = augment, seed
@@ -95,9 +105,13 @@ class Images(Dataset):
         pixels = self.preparation.square(image) if self.augment is None else self._augmented(image, epoch, i)
         return {
             "image": self.preparation.normalised(pixels),
-            "label": self.source.labels[index],
+            **self.told(index, epoch, i),
             "name": self.source.names[index],
         }
+
+    def told(self, index: int, epoch: int, i: int) -> dict[str, Any]:
+        """What is said of image ``index``, the i-th member."""
+        raise NotImplementedError(f"{type(self).__name__} tells nothing of its images")
 
     def _augmented(self, image: np.ndarray, epoch: int, i: int) -> Tensor:
         """Drawn by seed, epoch and image alone; the global random state is left as it was."""
@@ -106,6 +120,15 @@ class Images(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(seed) % 2**63)
             return self.augment(image, self.preparation)
+
+
+class Images(Prepared):
+    """Samples of labelled images."""
+
+    source: Source
+
+    def told(self, index: int, epoch: int, i: int) -> dict[str, Any]:
+        return {"label": self.source.labels[index]}
 
 
 @dataclass(frozen=True)

@@ -237,3 +237,46 @@ def test_what_the_encoder_lacks_is_told_in_the_methods_words():
     grey = adapt(box, BlackVIP(**SMALL, encoder_args=ENCODER))
     assert grey(torch.rand(2, 1, 32, 32)).summary.shape == (2, 2)
     json.dumps(grey.methods["default"].arguments())
+
+
+# -- a ResNet as the encoder -----------------------------------------------------------------------------------------
+
+SMALL_RESNET = {"layers": (1, 1, 1, 1), "channels": (8, 12, 16, 20)}
+
+
+def test_published_counts_with_resnet_50() -> None:
+    decoder = Decoder(2048, 3136 - 2048, groups=32)
+    assert sum(p.numel() for p in decoder.parameters()) == 10_464
+    assert decoder(torch.randn(2, 2048)).shape == (2, 3, 224, 224)
+    assert sum(p.numel() for p in Decoder(768, 3136 - 768).parameters()) == 11_488
+
+
+def test_a_resnet_says_what_the_image_shows_and_stays_frozen() -> None:
+    changes = {"encoder": "resnet18", "encoder_args": {"model_args": SMALL_RESNET}, "trigger": 44}
+    made = coordinator(model(**changes, groups=32))
+    made.eval()
+    image = torch.rand(3, 3, 32, 32)
+    z = made.encoder(image)
+    assert z.shape == (3, 20)
+    backbone = made.encoder.backbone
+    assert torch.equal(z, backbone.model.forward_features(image).mean((2, 3)))
+    expected = torch.minimum(torch.maximum(image + made.decoder(z), made.low), made.high)
+    assert torch.equal(made.prompted(image), expected)
+    assert not any(p.requires_grad for p in made.encoder.parameters())
+    adapted = model(**changes, groups=32)
+    assert adapted.count()["adapter"] == 44 + 8928 + 64 * 3 + 256
+    with pytest.raises(RequestError, match="groups 24: use a divisor of the cube's 64 channels and of 64"):
+        model(**changes, groups=24)
+    with pytest.raises(RequestError, match="its encoder: resnet19: no ResNet of timm"):
+        model(**{**changes, "encoder": "resnet19"})
+
+
+def test_a_resnet_takes_a_file_by_torchvisions_names(tmp_path: Path) -> None:
+    made = coordinator(model(encoder="resnet18", encoder_args={"model_args": SMALL_RESNET}, trigger=44))
+    state = {n: t + 0.1 for n, t in made.encoder.backbone.model.state_dict().items() if t.is_floating_point()}
+    torch.save(state, tmp_path / "dino.pth")
+    arguments = {"encoder_weights": "pretrained", "encoder_checkpoint": str(tmp_path / "dino.pth")}
+    again = coordinator(model(encoder="resnet18", encoder_args={"model_args": SMALL_RESNET}, trigger=44, **arguments))
+    image = torch.rand(2, 3, 32, 32)
+    assert torch.equal(again.encoder.backbone.model.conv1.weight, state["conv1.weight"])
+    assert not torch.equal(again.encoder(image), made.encoder(image))

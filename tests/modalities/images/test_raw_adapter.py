@@ -391,3 +391,30 @@ def test_the_side_starts_from_the_images_before_the_look_up() -> None:
         whole = develop.model_adapter(images)
         assert torch.equal(whole, develop.model_adapter([*images[:4], torch.zeros_like(images[4])]))
         assert not torch.equal(whole, develop.model_adapter([*images[:3], torch.zeros_like(images[3])]))
+
+
+# -- the range of the input --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: 2 * x, r"the image holds values from \S+ to (1|2)\S*; it takes linear values from 0 .* to 1"),
+        (
+            lambda x: x - 0.5,
+            r"values from -0\.\d+ to 0\.\d+; .* use the data RawFolders with the sensor's black and white",
+        ),
+        (lambda x: 255 * x, r"to 25\d\S*; .* or normalisation .mean: .0, 0, 0., std: .255, 255, 255.."),
+        (lambda x: x.where(x < 0.9, torch.nan), "the image holds NaN; it takes"),
+        (lambda x: x.where(x < 0.9, torch.inf), "to inf; it takes"),
+    ],
+)
+def test_an_image_that_is_not_linear_from_0_to_1_is_one_line(change, message) -> None:
+    model, image = small(), torch.rand(2, 3, 64, 64)
+    model(image)
+    model(image * 1.0009)  # rounding of a resampled image
+    with pytest.raises(RequestError, match=message) as refused:
+        model(change(image))
+    assert "\n" not in str(refused.value)
+    with model.disabled():
+        model(255 * image)  # the network itself takes anything

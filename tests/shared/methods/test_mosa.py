@@ -217,7 +217,7 @@ def test_houlsby_refuses_blocks_it_would_be_wrong_for(block):
         small = {"embed_dim": 24, "depth": 2, "num_heads": 2, "block_fn": ResPostBlock}
         backbone = TimmViT(3, name="vit_tiny_patch16_224", image_size=32, weights="random", model_args=small)
         inputs = backbone.example()
-    with pytest.raises(WorkError, match="houlsby needs blocks whose MLP follows the attention"):
+    with pytest.raises(RequestError, match="houlsby needs blocks whose MLP follows the attention"):
         adapt(backbone, MoSA(width=2, **HOULSBY), example=inputs)
 
 
