@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.errors import RequestError
-
-Fusion = Literal["scalars", "mlp"]
 
 
 class STI(nn.Module):
@@ -27,7 +25,7 @@ class STI(nn.Module):
 
     def __init__(
         self, channels: int, *, frames: int = 8, heads: int = 8, head_width: int = 32, groups: int = 32,
-        fusion: Fusion = "scalars",
+        fusion: Literal["scalars", "mlp"] = "scalars",
     ):  # fmt: skip
         from diffusers.models.attention_processor import Attention
         from diffusers.models.resnet import ResnetBlock2D
@@ -35,8 +33,9 @@ class STI(nn.Module):
         super().__init__()
         self.frames = frames
         self.transformer_blocks = Attention(channels, heads=heads, dim_head=head_width)
+        timeless: dict[str, Any] = {"temb_channels": None}
         self.conv_layers = nn.ModuleList(
-            ResnetBlock2D(in_channels=frames, out_channels=frames, groups=1, temb_channels=None) for _ in range(2)
+            ResnetBlock2D(in_channels=frames, out_channels=frames, groups=1, **timeless) for _ in range(2)
         )
         self.weigh = None if fusion == "scalars" else _weigher(channels)
         if self.weigh is None:

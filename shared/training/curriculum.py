@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from shared.errors import RequestError
 
-Schedule = Literal["anchors", "cosine", "none"]
 GAINS = (5.0, 3.0, 1.3)
 # Weights of a family at the start, the middle and the end of the curriculum, and at the five levels of what the losses
 # allow, from the easiest on.
@@ -47,7 +46,7 @@ class Curriculum:
         families: Mapping[str, str],
         end: int,
         *,
-        schedule: Schedule = "anchors",
+        schedule: Literal["anchors", "cosine", "none"] = "anchors",
         adaptive: bool = True,
         gains: tuple[float, float, float] = GAINS,
         window: int = 1000,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from modalities.diffusion.backbones.unet import unet_sites
-from modalities.diffusion.sti import STI, Fusion
+from modalities.diffusion.sti import STI
 from shared import weights
 from shared.backbone import Backbone
 from shared.errors import RequestError
@@ -56,7 +56,7 @@ class DFGN(Backbone):
         frames: int = 8,
         sti_heads: int = 8,
         sti_head_width: int = 32,
-        fusion: Fusion = "scalars",
+        fusion: Literal["scalars", "mlp"] = "scalars",
         pretrained: str | None = None,
         seed: int = 0,
     ):
@@ -69,17 +69,61 @@ class DFGN(Backbone):
         self.latent_channels, self.text_width, self.t5_width, self.frames = channels, text_width, t5_width, frames
         self.source = pretrained or f"random (seed {seed})"
         sti = {"frames": frames, "heads": sti_heads, "head_width": sti_head_width, "groups": groups, "fusion": fusion}
-        made = weights.build(
-            lambda: _Parts(channels, tuple(widths), layers, head_width, groups, text_width, t5_width, sti), seed
+        self.unet = weights.build(
+            lambda: Network(channels, tuple(widths), layers, head_width, groups, text_width, t5_width, sti), seed
         )
-        for name, module in made.named_children():
-            self.add_module(name, module)
         if pretrained is not None and not weights.is_meta(self):
             path = Path(pretrained) / WEIGHTS if Path(pretrained).is_dir() else Path(pretrained)
-            weights.fill(self, weights.read(path), "DFGN", f"checkpoint {path}")
+            weights.fill(self.unet, weights.read(path), "DFGN", f"checkpoint {path}")
 
     def sites(self) -> Sites:
-        return unet_sites(self)
+        return unet_sites(self.unet, "unet")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Clip:
+        """See ``Network.forward``."""
+        return self.unet(*args, **kwargs)
+
+    def example(self) -> tuple[Any, ...]:
+        """One noisy clip of the smallest size at timestep 500, whose first frame is given, with three words."""
+        weight = next(self.parameters())
+        side = 2 ** len(self.unet.down_blocks)
+        random = torch.Generator().manual_seed(0)
+        sample = torch.randn(1, 2 * self.latent_channels, self.frames, side, side, generator=random, device="cpu")
+        sample[:, self.latent_channels :, 1:] = 0
+        text = torch.randn(1, 3, self.text_width, generator=random, device="cpu")
+        t5 = torch.randn(1, 3, self.t5_width, generator=random, device="cpu")
+        return sample.to(weight), torch.tensor([500], device=weight.device), text.to(weight), t5.to(weight)
+
+
+class Network(nn.Module):
+    """The modules, in the order and with the names of the released class, and how they run."""
+
+    def __init__(
+        self, channels: int, widths: tuple[int, ...], layers: int, head: int, groups: int, text: int, t5: int,
+        sti: dict[str, Any],
+    ):  # fmt: skip
+        super().__init__()
+        from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+        from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
+
+        first, time = widths[0], 4 * widths[0]
+        self.conv_in = nn.Conv2d(2 * channels, first, 3, padding=1)
+        self.transformer_in = TransformerTemporalModel(
+            num_attention_heads=8, attention_head_dim=head, in_channels=first, norm_num_groups=groups
+        )
+        self.context_T5_clip_embedding = nn.Sequential(nn.Linear(t5, 2 * text), nn.SiLU(), nn.Linear(2 * text, text))
+        self.image_latents_proj_in = nn.Sequential(
+            nn.Conv2d(channels, 4 * channels, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(4 * channels, 4 * channels, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(4 * channels, channels, 3, padding=1),
+        )  # fmt: skip
+        self.image_latents_temporal_encoder = temporal_encoder(channels)
+        self.time_proj = Timesteps(first, True, 0)
+        self.time_embedding = TimestepEmbedding(first, time)
+        self.down_blocks, self.mid_block, self.up_blocks = _levels(widths, layers, head, groups, text, time, sti)
+        self.conv_norm_out = nn.GroupNorm(groups, first, eps=1e-5)
+        self.conv_act = nn.SiLU()
+        self.conv_out = nn.Conv2d(first, channels, 3, padding=1)
 
     def forward(
         self,
@@ -113,14 +157,15 @@ class DFGN(Backbone):
 
     def _levels(self, x: Tensor, time: Tensor, text: Tensor, frames: int) -> Tensor:
         """Down, middle and up: x (B * F, widths[0], h, w) to the same shape."""
-        skips = (x,)
+        skips: tuple[Tensor, ...] = (x,)
         for block in self.down_blocks:
             told = {"encoder_hidden_states": text} if hasattr(block, "attentions") else {}
             x, more = block(hidden_states=x, temb=time, num_frames=frames, **told)
             skips += more
         x = self.mid_block(x, time, encoder_hidden_states=text, num_frames=frames)
         for block in self.up_blocks:
-            count = len(block.resnets)
+            resnets: Any = block.resnets
+            count = len(resnets)
             skips, own = skips[:-count], skips[-count:]
             told = {"encoder_hidden_states": text} if hasattr(block, "attentions") else {}
             size = skips[-1].shape[2:] if skips else None  # sides that do not divide come out as they went in
@@ -128,48 +173,6 @@ class DFGN(Backbone):
                 hidden_states=x, res_hidden_states_tuple=own, temb=time, upsample_size=size, num_frames=frames, **told
             )
         return x
-
-    def example(self) -> tuple[Any, ...]:
-        """One noisy clip of the smallest size at timestep 500, whose first frame is given, with three words."""
-        weight = next(self.parameters())
-        side = 2 ** len(self.down_blocks)
-        random = torch.Generator().manual_seed(0)
-        sample = torch.randn(1, 2 * self.latent_channels, self.frames, side, side, generator=random, device="cpu")
-        sample[:, self.latent_channels :, 1:] = 0
-        text = torch.randn(1, 3, self.text_width, generator=random, device="cpu")
-        t5 = torch.randn(1, 3, self.t5_width, generator=random, device="cpu")
-        return sample.to(weight), torch.tensor([500], device=weight.device), text.to(weight), t5.to(weight)
-
-
-class _Parts(nn.Module):
-    """The modules, in the order and with the names of the released class."""
-
-    def __init__(
-        self, channels: int, widths: tuple[int, ...], layers: int, head: int, groups: int, text: int, t5: int,
-        sti: dict[str, Any],
-    ):  # fmt: skip
-        super().__init__()
-        from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-        from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
-
-        first, time = widths[0], 4 * widths[0]
-        self.conv_in = nn.Conv2d(2 * channels, first, 3, padding=1)
-        self.transformer_in = TransformerTemporalModel(
-            num_attention_heads=8, attention_head_dim=head, in_channels=first, norm_num_groups=groups
-        )
-        self.context_T5_clip_embedding = nn.Sequential(nn.Linear(t5, 2 * text), nn.SiLU(), nn.Linear(2 * text, text))
-        self.image_latents_proj_in = nn.Sequential(
-            nn.Conv2d(channels, 4 * channels, 3, padding=1), nn.SiLU(),
-            nn.Conv2d(4 * channels, 4 * channels, 3, padding=1), nn.SiLU(),
-            nn.Conv2d(4 * channels, channels, 3, padding=1),
-        )  # fmt: skip
-        self.image_latents_temporal_encoder = temporal_encoder(channels)
-        self.time_proj = Timesteps(first, True, 0)
-        self.time_embedding = TimestepEmbedding(first, time)
-        self.down_blocks, self.mid_block, self.up_blocks = _levels(widths, layers, head, groups, text, time, sti)
-        self.conv_norm_out = nn.GroupNorm(groups, first, eps=1e-5)
-        self.conv_act = nn.SiLU()
-        self.conv_out = nn.Conv2d(first, channels, 3, padding=1)
 
 
 def temporal_encoder(channels: int) -> nn.Module:
