@@ -66,7 +66,7 @@ def _read(path: Path) -> tuple[list[np.ndarray], list[float]]:
                 file.seek(number)
                 frames.append(np.array(file.convert("RGBA")))
                 durations.append(float(file.info.get("duration") or 0))
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
         raise RequestError(f"{path}: not a readable image ({' '.join(str(error).split())})") from error
     if not frames:
         raise RequestError(f"{path}: an image without frames")

@@ -117,9 +117,9 @@ class Curriculum:
     def _level(self, signal: float) -> int:
         if len(self.signals) < 10:
             return NEUTRAL
-        rank = bisect_left(sorted(self.signals), signal) / len(self.signals)
+        kept, below = len(self.signals), bisect_left(sorted(self.signals), signal)
         count = min(len(levels) for levels in self.levels.values())
-        return min(int(count * (1 - rank)), count - 1)
+        return min(count * (kept - below) // kept, count - 1)
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": list(self.losses), "signals": list(self.signals), "level": self.level}

@@ -254,7 +254,7 @@ def _check_animated(path: Path) -> None:
     try:
         with Image.open(path) as file:
             animated = getattr(file, "is_animated", False)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
         raise RequestError(f"{path}: not a readable image ({' '.join(str(error).split())})") from error
     if not animated:
         raise RequestError(f"{path}: a clip of one frame; an animation has at least two")
