@@ -356,6 +356,32 @@ def test_beside_a_style_lora_of_peft(attached, frozen, ours_first):
     assert float((ours - run(model, given())).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_beside_an_ip_adapter_loaded_before_or_after(attached, ours_first):
+    """diffusers makes attention processors anew when it loads one; ours are none."""
+    from modalities.diffusion.backbones.content import attach_content
+    from tests.modalities.diffusion.test_motion import plus
+
+    model = copy.deepcopy(attached)
+    state, unet = model.trained_state(), model.backbone.unet
+    if not ours_first:
+        model.remove("i2v")
+    attach_content(unet, plus(unet), {}, "in memory")
+    if not ours_first:
+        model.add(I2VAdapter(), name="i2v")
+        model.load_trained_state(state)
+    told = [{"image_embeds": [x]} for x in (torch.zeros(2, 1, 5, 12), torch.ones(2, 1, 5, 12))]
+    blank, seen = (run(model, {**given(), "added_cond_kwargs": each}) for each in told)
+    assert float((seen - blank).abs().max()) > 1e-4
+    with model.disabled():
+        assert float((seen - run(model, {**given(), "added_cond_kwargs": told[1]})).abs().max()) > 1e-3
+    for processor in unet.attn_processors.values():
+        if hasattr(processor, "to_v_ip"):
+            processor.scale = [0.0]
+    silent = run(model, {**given(), "added_cond_kwargs": told[1]})
+    torch.testing.assert_close(silent, run(attached, given()), rtol=1e-5, atol=1e-6)
+
+
 def test_beside_our_own_adapters_of_the_same_layers(attached):
     from shared import LoRA
 

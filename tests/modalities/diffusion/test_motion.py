@@ -65,10 +65,9 @@ def test_the_published_motion_modules_have_the_published_number_of_parameters():
 
 
 def test_single_frames_keep_their_weights_and_the_seed_decides_the_others():
-    flat, backbone = tiny("tiny_sd15", seed=3), MotionUNet(config="tiny_sd15", seed=3)
-    ours = backbone.unet.state_dict()
-    shared = [n for n in flat.unet.state_dict() if "norm" not in n]
-    assert all(torch.equal(flat.unet.state_dict()[n], ours[n]) for n in shared)
+    ours = MotionUNet(config="tiny_sd15", seed=3).unet.state_dict()
+    flat = tiny("tiny_sd15", seed=3).unet.state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in flat.items() if "norm" not in name)
     again = MotionUNet(config="tiny_sd15", seed=3).unet.state_dict()
     assert all(torch.equal(ours[n], again[n]) for n in ours)
     other = MotionUNet(config="tiny_sd15", seed=4).unet.state_dict()
@@ -109,10 +108,10 @@ def test_a_file_with_the_original_names_fills_the_motion_modules_or_all(tmp_path
     source = MotionUNet(config="tiny_sd15", seed=5)
     torch.save({"state_dict": original(source.unet, whole=whole)}, tmp_path / "mm.ckpt")
     loaded = MotionUNet(config="tiny_sd15", seed=0, motion=str(tmp_path / "mm.ckpt"))
-    fresh = MotionUNet(config="tiny_sd15", seed=0)
+    fresh, given = MotionUNet(config="tiny_sd15", seed=0).unet.state_dict(), source.unet.state_dict()
     for name, tensor in loaded.unet.state_dict().items():
-        wanted = source if whole or ".motion_modules." in name else fresh
-        assert torch.equal(tensor, wanted.unet.state_dict()[name]), name
+        wanted = given if whole or ".motion_modules." in name else fresh
+        assert torch.equal(tensor, wanted[name]), name
 
 
 def test_a_folder_of_the_library_fills_the_motion_modules(tmp_path):

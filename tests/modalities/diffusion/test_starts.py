@@ -129,7 +129,7 @@ def test_equal_frames_stay_and_others_keep_their_lightness():
 def test_a_tint_is_taken_back():
     random = np.random.default_rng(2)
     lab = np.stack([random.uniform(40, 60, (16, 16)), *random.uniform(-15, 15, (2, 16, 16))], axis=-1)
-    tinted = [*lab, 0, 10, -12]
+    tinted = lab + np.array([0, 10, -12])
     frames = to_rgb(np.stack([lab, tinted]))
     gap = np.abs(match_colours(frames).astype(int) - frames[:1])
     assert gap.max() <= 2 < np.abs(frames[1].astype(int) - frames[0]).max()
