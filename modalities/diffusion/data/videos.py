@@ -6,7 +6,7 @@ import csv
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ class _Clips(_ManySizes):
 
     low: int = 512
     high: int = 512
+    probability: Literal["uniform", "area", "distance"] = "uniform"
     batch_size: int = 1
     frames: int = 16
 
