@@ -17,11 +17,13 @@ from modalities.diffusion.backbones.motion import MotionUNet
 from modalities.diffusion.i2v_adapter import I2VAdapter
 from modalities.diffusion.image_to_video import ImageToVideoDenoising, first_frame, keep_first_frame, sampled
 from modalities.diffusion.starts import started
+from modalities.diffusion.vision import Vision
 from shared import Adapted, adapt
 from shared.errors import RequestError
 from shared.generating import Wanted
 from shared.training.optimiser import Optimiser
 from tests.modalities.diffusion.conftest import shake, tiny
+from tests.modalities.diffusion.test_interop import ip_adapter
 from tests.modalities.diffusion.test_motion import plus, write
 from tests.modalities.diffusion.videos import animate_diff, moving
 
@@ -255,6 +257,22 @@ def test_a_content_branch_sees_the_image_and_training_leaves_it_out_with_the_tex
         Wanted(image=picture(tmp_path), prompt="a cat", steps=1, frames=2), progress=quiet
     )
     assert made.images[0].shape == (2, 64, 112, 3)
+
+
+def test_a_content_branch_of_summaries_is_told_them(tmp_path):
+    """The first IP-Adapter: one vector an image, and zeros for none."""
+    backbone = moving(content=write(ip_adapter(tiny("tiny_sd15").unet), tmp_path / "ip.bin"))
+    pipe = animate_diff(tmp_path, backbone.unet, sees=True)
+    told = Vision(pipe, None)(torch.rand(2, 3, 64, 64) * 2 - 1, [True, False])
+    assert told.shape == backbone.blank(2)["added_cond_kwargs"]["image_embeds"][0].shape == (2, 1, 16)
+    assert not told[0].any()
+    call = (torch.randn(2, 4, 2, 8, 8), torch.tensor(300), torch.randn(2, 5, 32))
+    with torch.no_grad():
+        seen, blank = (
+            backbone(*call, added_cond_kwargs={"image_embeds": [t]}).sample for t in (told, told[:1].expand(2, -1, -1))
+        )
+    assert torch.equal(seen[0], blank[0])
+    assert float((seen[1] - blank[1]).abs().max()) > 1e-4
 
 
 def _without_eyes(pipe: Any, folder: Path) -> Path:
