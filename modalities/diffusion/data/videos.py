@@ -38,7 +38,8 @@ class _Clips(_ManySizes):
 
     def describe(self) -> dict[str, Any]:
         told = super().describe()
-        return {**told, "clips": told.pop("images"), "frames": self.frames, "step": self.step}
+        clips = told.pop("images")
+        return {**told, "clips": clips, "bands": self.bands, "frames": self.frames, "step": self.step}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,9 @@ def test_moving_shapes_move_as_their_caption_says():
     assert len(batches) == 12
     assert batches[0]["clip"].shape == (2, 3, 6, 64, 64)
     assert torch.equal(next(iter(data.validation()))["clip"], next(iter(data.validation()))["clip"])
-    assert data.describe()["frames"] == 6
+    told = data.describe()
+    assert (told["frames"], told["step"], told["bands"], told["clips"]["train"]) == (6, 64, 3, 24)
+    assert "images" not in told
 
 
 def write(folder, name: str, values: list[int], size=(20, 16)) -> None:
