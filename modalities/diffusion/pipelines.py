@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -162,16 +163,17 @@ def _prepared(unet: Any) -> _Attached:
     """The UNet frozen and in eval mode, with its record; its adapters go where it goes."""
     training = [module for module in unet.modules() if module.training]
     model = Adapted(DiffusersUNet.around(unet))
-    plain: Callable[..., Any] = unet._apply
-
-    def follow(change: Callable[..., Any], recurse: bool = True) -> Any:
-        model.bank._apply(change)
-        model.state.folds.clear()
-        return plain(change, recurse)
-
-    unet.__dict__["_apply"] = follow
+    unet.__dict__["_apply"] = MethodType(_follow, unet)
     record = unet.__dict__[_RECORD] = _Attached(model, training)
     return record
+
+
+def _follow(unet: Any, change: Callable[[Any], Any], recurse: bool = True) -> Any:
+    """``_apply`` of a UNet with adapters: to another device or precision they go with it."""
+    model: Adapted = unet.__dict__[_RECORD].model
+    model.bank._apply(change)
+    model.state.folds.clear()
+    return type(unet)._apply(unet, change, recurse)
 
 
 def _restored(unet: Any) -> None:

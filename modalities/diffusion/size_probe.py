@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -53,7 +54,8 @@ def distance(features: nn.Module, real: Tensor, made: Tensor) -> tuple[float, fl
     if min(len(real), len(made)) < 4:
         raise RequestError(f"{len(real)} real and {len(made)} made images: at least 4 of each make a distance")
     torch.manual_seed(0)
-    metric = KernelInceptionDistance(feature=features, subsets=SUBSETS, subset_size=min(len(real), len(made)) // 2)
+    with warnings.catch_warnings(action="ignore"):  # that it keeps the features, which are few
+        metric = KernelInceptionDistance(feature=features, subsets=SUBSETS, subset_size=min(len(real), len(made)) // 2)
     metric.update(real, real=True)
     metric.update(made, real=False)
     mean, spread = metric.compute()

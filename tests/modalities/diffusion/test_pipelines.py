@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import sys
 from types import SimpleNamespace
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from modalities.diffusion.backbones.unet import DiffusersUNet, unet_sites
 from modalities.diffusion.pipelines import attach, attached, detach, recognise
 from modalities.diffusion.res_adapter import LORA_FILES, NORM_FILES, ResAdapter, save_official
 from shared import LoRA
@@ -158,6 +160,9 @@ def test_adapters_follow_the_unet(pipe, files):
     pipe.unet.to(torch.float64)
     assert {p.dtype for p in model.bank.parameters()} == {torch.float64}
     pipe.unet.to(torch.float32)
+    twin = copy.deepcopy(pipe.unet).to(torch.float64)  # with adapters of its own
+    assert {p.dtype for p in attached(twin).bank.parameters()} == {torch.float64}
+    assert {p.dtype for p in model.bank.parameters()} == {torch.float32}
     torch.testing.assert_close(image(pipe), mine.image, rtol=1e-5, atol=1e-5)
 
 
@@ -250,6 +255,27 @@ def test_a_lora_of_the_library_gives_what_the_library_gives(folders, tmp_path):
     assert float((expected - base).abs().max()) > 1e-4
     attach(pipe, tmp_path / "pytorch_lora_weights.safetensors")
     torch.testing.assert_close(image(pipe), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_librarys_own_loading_of_a_released_folder_gives_the_same(folders, files):
+    mine = files[False]
+    pipe = load(folders[False])
+    pipe.load_lora_weights(mine.official, weight_name=LORA_FILES[0], adapter_name="res_adapter")
+    pipe.unet.load_state_dict(load_file(mine.official / NORM_FILES[0]), strict=False)
+    torch.testing.assert_close(image(pipe), mine.image, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("folder", "config"), [("v2_sd1.5", "sd15"), ("v1_sdxl_extrapolation", "sdxl")])
+def test_released_files_are_read_by_the_library_whole(materials, folder, config):
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+
+    released = materials / "data/official_weights/res_adapter" / folder
+    state, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(str(released), weight_name=LORA_FILES[0])
+    with torch.device("meta"):
+        sites = unet_sites(DiffusersUNet(config=config).unet, "unet").select("conv", tags="resample")
+    paths = {site.path for site in sites}
+    assert {name.partition(".lora")[0] for name in state} == paths
+    assert alphas == {f"{path}.alpha": 8.0 for path in paths}
 
 
 @pytest.mark.parametrize(
