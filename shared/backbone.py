@@ -49,6 +49,10 @@ class Backbone(nn.Module):
         """The described sites, paths relative to this module."""
         raise NotImplementedError(f"{type(self).__name__} describes no sites")
 
+    def own_state(self) -> dict[str, Tensor]:
+        """The weights that the fingerprint is of: without what other libraries may have put into the model."""
+        return self.state_dict()
+
     def example(self) -> tuple[Tensor, ...] | None:
         """Small inputs for the proof of effect at attach time; None where the backbone has none."""
         return None
@@ -169,7 +173,8 @@ def fingerprint(model: nn.Module) -> str:
     import hashlib
 
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    state = model.own_state() if isinstance(model, Backbone) else model.state_dict()
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
         if tensor.device.type != "meta":
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from shared import generation
 from shared.errors import RequestError, WorkError
 
 KINDS = ("classes", "probabilities", "polygons", "maps", "images", "texts")  # not every task writes every one
@@ -142,6 +143,7 @@ def _on_runs(add: Callable[..., _Parser]) -> None:
     )
     predict.add_argument("--generator", metavar="key=value,…", type=_settings, help="such as points_per_side=16 (SAM)")
     predict.add_argument("--overwrite", action="store_true", help="replace what is there")
+    generation.add_options(add("generate", "Make images, views or videos with a recipe's or a finished run's model."))
     push = add("push", "Upload a finished run, with a model card, to a repository of the Hugging Face Hub.")
     push.add_argument("run", metavar="RUN", type=Path, help="the directory of a finished run")
     push.add_argument("repository", metavar="OWNER/NAME", help="the repository, made where there is none")
@@ -251,6 +253,10 @@ def _predict(asked: argparse.Namespace) -> None:
     trained.task.predict_files(
         asked.inputs, asked.output, described=trained.described, identity=trained.identity, **options
     )
+
+
+def _generate(asked: argparse.Namespace) -> None:
+    print(f"page: {generation.generate(asked)}")
 
 
 def _push(asked: argparse.Namespace) -> None:

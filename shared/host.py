@@ -57,7 +57,7 @@ class Port:
             return raw
         parts = self.parts(parameter)
         weight = self.frozen(host, parameter)
-        if not parts:
+        if not parts or (weight.is_meta and not _on_meta(parts)):  # offloaded until its turn: nothing to change
             return weight
         self._record(adapter for _, rows in parts for _, adapter in rows)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -179,6 +179,10 @@ def shown(module: nn.Module, output: Tensor) -> Tensor:
     """Let a host's active adapters, which only read (``Adapter.observes``), see what it gave before; it is not run."""
     port = module.__dict__.get("_port")
     return output if port is None else port.call(module, lambda host: output, (), {})
+
+
+def _on_meta(parts) -> bool:
+    return all(tensor.is_meta for _, rows in parts for _, adapter in rows for tensor in adapter.parameters())
 
 
 def _infers(state: State) -> bool:

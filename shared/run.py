@@ -140,6 +140,8 @@ def load(folder: str | Path) -> Trained:
     data = SimpleNamespace(**described)
     if "band_names" in described:  # images
         data.bands = len(described["band_names"])
+    elif "bands" not in described:
+        data.bands = chosen.outline().bands
     model = build(chosen, data)
     model.load(folder / ADAPTER)
     task = chosen.build("task", model=model, data=data, optimiser=chosen.build("optimiser")).eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from modalities.diffusion import pipelines, sampling
 from modalities.diffusion.backbones.unet import DiffusersUNet
 from shared.adapted import Adapted
 from shared.errors import RequestError
+from shared.generating import Made, Wanted
 from shared.training.optimiser import Optimiser
 from shared.training.task import Task
 
@@ -20,8 +24,9 @@ from shared.training.task import Task
 class Denoising(Task):
     """Mean squared error of the predicted noise (Ho et al., 2020), on the latents of a pipeline or on the pixels.
 
-    model: its backbone is a ``DiffusersUNet``.  data: it gives ``bands``, ``step`` (pixels) and ``checked_sizes()``;
-    its batches hold ``image`` (B, bands, H, W) in -1 to 1, of one size, with ``caption``, ``crop`` and ``name``.
+    model: its backbone is a ``DiffusersUNet``.  data: it gives ``bands``, ``step`` (pixels) and ``checked_sizes()``, of
+    which ``generate`` needs the first alone; its batches hold ``image`` (B, bands, H, W) in -1 to 1, of one size, with
+    ``caption``, ``crop`` and ``name``.
     pipeline: a folder or Hugging Face name of a Stable Diffusion (XL) pipeline, whose autoencoder, text encoders and
     noise schedule are used, frozen; None means pixels, no text, and Stable Diffusion's schedule.
     caption_dropout: share of training captions left empty, for guidance.
@@ -48,7 +53,8 @@ class Denoising(Task):
         self.pipeline = None if pipeline is None else _pipeline(pipeline, model.backbone.unet)
         self.schedule = _schedule(self.pipeline)
         self._check(data)
-        self.sizes = [tuple(size) for size in data.checked_sizes()]
+        checked = getattr(data, "checked_sizes", list)
+        self.sizes = [tuple(size) for size in checked()]
         self.errors = ErrorBySize(len(self.sizes))
 
     @property
@@ -66,10 +72,11 @@ class Denoising(Task):
                 )
             return
         latent, factor = self.pipeline.vae.config.latent_channels, self.pipeline.vae_scale_factor
-        if channels != latent or data.step % factor:
+        step = getattr(data, "step", factor)
+        if channels != latent or step % factor:
             raise RequestError(
                 f"the pipeline's autoencoder makes {latent} channels at 1/{factor} of the size; the UNet takes "
-                f"{channels} channels, and the sizes go by {data.step} pixels"
+                f"{channels} channels, and the sizes go by {step} pixels"
             )
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
@@ -115,6 +122,30 @@ class Denoising(Task):
             height, width = batch["image"].shape[2:]
             rows.append((f"{width} x {height}: {batch['caption'][0]}", {k: _pixels(v[0]) for k, v in shown.items()}))
         return Pictures(rows, {})
+
+    def load_adapter(self, path: Path) -> None:
+        """A file of ours, a released ResAdapter, or a LoRA of other libraries, in the place of what there is."""
+        for name in list(self.model.methods)[::-1]:
+            self.model.remove(name)
+        self.model = Adapted(self.unet)
+        pipelines.load(self.model, path)
+
+    def generate(self, wanted: Wanted, *, progress: Callable[[int, int], None]) -> Made:
+        """Images of a prompt through the pipeline, or without one pixels from noise, by ResAdapter's published sampler
+        (SDE-DPM-Solver++, Karras noise levels, 25 steps, guidance 7.5); without a size, at what the UNet was made for.
+        """
+        sampling.check_alone(wanted, type(self).__name__)
+        self.eval()
+        if self.pipeline is not None:
+            return sampling.with_pipeline(self._frozen(), wanted, progress)
+        config, schedule = self.unet.unet.config, self.schedule.config
+
+        def predict(noisy: Tensor, step: Tensor) -> Tensor:
+            return self.model(noisy, step, **self.unet.blank(len(noisy))).sample
+
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        side = config.sample_size or 8 * factor
+        return sampling.in_pixels(predict, config.in_channels, side, factor, schedule, self.device, wanted, progress)
 
     def _errors(self, x: Tensor, noise: Tensor, steps: Tensor, condition: dict[str, Any]) -> Tensor:
         """The mean squared error of each sample (B,): of the noise, or of the velocity where the schedule says so."""

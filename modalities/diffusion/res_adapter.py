@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from modalities.diffusion.backbones.unet import unet_sites
+from modalities.diffusion.res_adapter_files import LORA_FILES, NORM_FILES, other_base, read_folder
 from shared.adapted import Adapted
 from shared.backbone import Backbone
 from shared.blocks.low_rank import LowRank, Replacement
@@ -112,11 +113,6 @@ def _only(model: Adapted, name: str | None) -> str:
 
 # -- the official files ------------------------------------------------------------------------------------------------
 
-LORA_FILES = ("pytorch_lora_weights.safetensors", "resolution_lora.safetensors")
-NORM_FILES = ("diffusion_pytorch_model.safetensors", "resolution_normalization.safetensors")
-_LORA_KEY = re.compile(r"lora_unet_\w+samplers_\d+_conv\.(lora_down\.weight|lora_up\.weight|alpha)")
-_NORM_KEY = re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.resnets\.\d+\.norm[12]\.(weight|bias)")
-
 
 def official_names(sites: Sites) -> dict[str, tuple[Site, str]]:
     """The official key of every tensor of these sites, with the site and the tensor's name there.
@@ -145,15 +141,15 @@ def load_official(
     norm_strength: float = 1.0,
     example: Sequence[Any] | None = None,
 ) -> Adapted:
-    """Attach a released ResAdapter folder: its convolution file, its normalisation file, or both.
+    """Attach a released ResAdapter folder, with its convolution file, its normalisation file, or both; or one file.
 
     target: a diffusers UNet, a backbone around one, or a model adapted already, which gets one more adapter.
     example: inputs for the proof of effect; a backbone brings its own.
 
-    Raises RequestError where the folder has neither file, or a file is cut short, holds a value that is not finite,
+    Raises RequestError where the folder has neither part, or a file is cut short, holds a value that is not finite,
     has a key that is not used, lacks one, or is for another UNet. The target is unchanged then.
     """
-    lora, norms = _read_folder(Path(folder))
+    lora, norms = read_folder(Path(folder))
     return attach_official(
         target, lora, norms, name=name, norm_strength=norm_strength, example=example, source=str(folder)
     )
@@ -171,7 +167,8 @@ def attach_official(
 ) -> Adapted:
     """``load_official`` for tensors in memory; one of the two may be empty. Rank and alpha are read from ``lora``."""
     rank, alpha = _rank_and_alpha(lora, source)
-    method = ResAdapter(rank=rank, alpha=alpha, convolutions=bool(lora), norms=bool(norms), norm_strength=norm_strength)
+    _check_strength(norm_strength)
+    method = ResAdapter(rank=rank, alpha=alpha, convolutions=bool(lora), norms=bool(norms))
     sites = _sites(target)
     names = official_names(method.sites(sites))
     _check_fit({**lora, **norms}, names, rank, f"{source}: made for another UNet than this {sites.owner}")
@@ -182,6 +179,8 @@ def attach_official(
             site, part = names[key]
             if part != "alpha":
                 getattr(model.bank[name][site.key], part).copy_(_ours(part, tensor))  # type: ignore[index]
+    if norm_strength != 1.0:  # only now: norms without strength would not pass the proof of effect
+        set_norm_strength(model, norm_strength, name=name)
     return model
 
 
@@ -253,44 +252,12 @@ def _check_fit(given: Mapping[str, Tensor], names: Mapping[str, tuple[Site, str]
     extra = [key for key in given if key not in names]
     lacking = [key for key, (_, part) in names.items() if key not in given and part != "alpha"]
     wrong = [key for key in given if key in names and tuple(given[key].shape) != shape(*names[key])]
-    found = [f"{len(extra)} of its {len(given)} keys not used (first: {extra[0]})"] if extra else []
+    base = other_base(given, names)
+    found = [base] if base else []
+    found += [f"{len(extra)} of its {len(given)} keys not used (first: {extra[0]})"] if extra else []
     found += [f"{len(lacking)} missing (first: {lacking[0]})"] if lacking else []
     if wrong:
         sizes = f"{tuple(given[wrong[0]].shape)}, here {shape(*names[wrong[0]])}"
         found += [f"{len(wrong)} of another shape (first: {wrong[0]} {sizes})"]
     if found:
         raise RequestError(f"{problem}: {', '.join(found)}")
-
-
-def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The convolution and the normalisation tensors, told by their keys; from the known names, else from any name."""
-    if not folder.is_dir():
-        raise RequestError(f"{folder}: no such folder")
-    paths = [folder / name for name in (*LORA_FILES, *NORM_FILES) if (folder / name).is_file()]
-    found: dict[re.Pattern, tuple[Path, dict[str, Tensor]]] = {}
-    for path in paths or sorted(folder.glob("*.safetensors")):
-        tensors = _read(path)
-        kind = next((p for p in (_LORA_KEY, _NORM_KEY) if any(p.fullmatch(key) for key in tensors)), None)
-        if kind is None:
-            if paths:
-                raise RequestError(f"{path}: neither resampling convolutions nor resnet norms inside")
-            continue
-        if kind in found:
-            raise RequestError(f"{folder}: {found[kind][0].name} and {path.name} hold the same part; keep one of them")
-        found[kind] = (path, tensors)
-    if not found:
-        raise RequestError(f"{folder}: no ResAdapter here: looked for {' or '.join((*LORA_FILES, *NORM_FILES))}")
-    return tuple(found.get(kind, (None, {}))[1] for kind in (_LORA_KEY, _NORM_KEY))  # type: ignore[return-value]
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise RequestError(f"{path}: cut short or not a safetensors file ({error})") from error
-    if bad := [key for key, t in tensors.items() if not t.isfinite().all()]:
-        raise RequestError(f"{path}: {bad[0]} holds a value that is not a finite number")
-    return tensors

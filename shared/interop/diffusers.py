@@ -78,7 +78,12 @@ def _header(path: Path) -> Mapping[str, Any]:
 
 
 def write(model: Any, prefix: str | None) -> dict[str, bytes]:
-    """The file of the active adapters, by name; ``prefix`` as of ``export_adapter``."""
+    """The file of the active adapters, by name; ``prefix`` as of ``export_adapter``.
+
+    Of a backbone that trained whole and knows the library's folder of it (``files``), that folder.
+    """
+    if any(model.methods[name].trains_backbone for name in model.active) and hasattr(model.backbone, "files"):
+        return model.backbone.files()
     from safetensors.torch import save
 
     part = "unet." if prefix is None else prefix

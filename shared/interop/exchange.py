@@ -26,6 +26,7 @@ def import_adapter(
     format: str | None = None,
     skip: Sequence[str] = (),
     example: Sequence[Any] | None = None,
+    other_backbone: bool = False,
 ) -> None:
     """Add the adapter that a file or folder holds to ``model`` under ``name``, and make it the active one.
 
@@ -35,6 +36,7 @@ def import_adapter(
     attaches), None for what its content says.
     skip: words of tensors' names, between dots, or beginnings of them, to leave out ("classifier", "lora_te").
     example: inputs for the proof of effect, where the backbone brings none.
+    other_backbone: whether a file of ours may be for other weights.
 
     Raises RequestError in one line where the file is damaged, empty or another's, where a setting changes the
     computation in a way that is not read, and where a name or a shape does not fit; the model is unchanged then.
@@ -54,7 +56,7 @@ def import_adapter(
         raise type(error)(f"{path}: {error}") from error
     try:
         if state is None:
-            model.load(path)
+            model.load(path, other_backbone=other_backbone)
         else:
             _fill(model.bank[name], state, str(path))
     except RequestError:

@@ -111,6 +111,13 @@ class Task(LightningModule):
         """
         raise RequestError(f"{type(self).__name__} does not predict for files")
 
+    def load_adapter(self, path: Path) -> None:
+        """Put an adapter file in the place of the model's adapters; some tasks read other libraries' too.
+
+        Raises RequestError where it does not fit; see ``Adapted.load``.
+        """
+        self.model.load(path)
+
     def generate(self, wanted: Wanted, *, progress: Callable[[int, int], None]) -> Made:
         """Make what is wanted. progress: told the steps that are done, and how many there will be.
 

@@ -158,6 +158,14 @@ class DiffusersUNet(Backbone):
         meta = torch.get_default_device().type == "meta"
         self.unet: Any = _random(arguments, seed) if pretrained is None or meta else _load(pretrained, arguments)
 
+    @classmethod
+    def around(cls, unet: nn.Module) -> DiffusersUNet:
+        """A backbone around a UNet that is there already, such as a pipeline's; nothing of it is copied or changed."""
+        backbone = cls.__new__(cls)
+        Backbone.__init__(backbone, _shape(unet))
+        backbone.source, backbone.unet = "as given", unet
+        return backbone
+
     def sites(self) -> Sites:
         return unet_sites(self.unet, "unet")
 
@@ -170,22 +178,69 @@ class DiffusersUNet(Backbone):
         config, weight = self.unet.config, next(self.unet.parameters())
         width = config.encoder_hid_dim or config.cross_attention_dim
         given: dict[str, Any] = {"encoder_hidden_states": weight.new_zeros(batch, 1, _first(width))}
+        extra: dict[str, Any] = {}
         if config.addition_embed_type == "text_time":
             pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
             extra = {"text_embeds": weight.new_zeros(batch, pooled), "time_ids": weight.new_zeros(batch, 6)}
-            given["added_cond_kwargs"] = extra
-        return given
+        if config.encoder_hid_dim_type == "ip_image_proj":  # an IP-Adapter is loaded
+            layers = self.unet.encoder_hid_proj.image_projection_layers
+            extra["image_embeds"] = [weight.new_zeros(batch, 1, *_image_tokens(layer)) for layer in layers]
+        return {**given, "added_cond_kwargs": extra} if extra else given
 
     def example(self) -> tuple[Any, ...]:
-        """One noisy sample of the smallest size whose lowest level has more than one pixel, at timestep 500."""
+        """One noisy sample of the smallest size whose lowest level has more than one pixel, at timestep 500; of a UNet
+        with motion modules, two frames."""
         config, weight = self.unet.config, next(self.unet.parameters())
         side = 2 ** len(config.block_out_channels)
         noise = torch.randn(1, config.in_channels, side, side, generator=torch.Generator().manual_seed(0), device="cpu")
         given = self.blank(1)
         tokens: Tensor = given["encoder_hidden_states"]
         text = torch.randn(1, 3, tokens.shape[-1], generator=torch.Generator().manual_seed(1), device="cpu")
-        extra = given.get("added_cond_kwargs")
-        return (noise.to(weight), torch.tensor([500], device=weight.device), text.to(weight), *(None,) * 4, extra)
+        step, extra = torch.tensor([500], device=weight.device), given.get("added_cond_kwargs")
+        if _has_motion(self.unet):  # whose call takes no class labels
+            clip = torch.stack([noise, noise.flip(-1)], 2).to(weight)
+            return clip, step, text.to(weight).repeat(2, 1, 1), None, None, None, extra
+        return noise.to(weight), step, text.to(weight), None, None, None, None, extra
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Its weights by their own names: LoRA layers of peft are looked through, what others added is left out."""
+        kept = {}
+        for name, tensor in self.state_dict().items():
+            if re.search(r"\.lora_(A|B|embedding|magnitude)|\.processor\.|encoder_hid_proj\.image_projection", name):
+                continue
+            kept[name.replace(".base_layer.", ".")] = tensor
+        return kept
+
+    def files(self) -> dict[str, bytes]:
+        """The UNet as diffusers saves it: what ``pretrained`` reads from the folder these files are written to."""
+        from safetensors.torch import save
+
+        tensors = {name.removeprefix("unet."): t.detach().cpu().contiguous() for name, t in self.own_state().items()}
+        config = self.unet.to_json_string().encode()
+        weights = save(tensors, metadata={"format": "pt"})
+        return {"unet/config.json": config, "unet/diffusion_pytorch_model.safetensors": weights}
+
+
+def _shape(unet: Any) -> str:
+    """The name of the published shape that a UNet has, else its class."""
+    for name, arguments in CONFIGS.items():
+        if all(_same(unet.config.get(key), value) for key, value in arguments.items() if key != "sample_size"):
+            return name
+    return type(unet).__name__
+
+
+def _same(have: Any, wanted: Any) -> bool:
+    return (tuple(have) if isinstance(have, list) else have) == (tuple(wanted) if isinstance(wanted, list) else wanted)
+
+
+def _has_motion(unet: Any) -> bool:
+    return "motion_max_seq_length" in unet.config
+
+
+def _image_tokens(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of one image for a projection of an IP-Adapter: a vector, or tokens for one with queries of its own."""
+    width = next(module.in_features for module in layer.modules() if isinstance(module, nn.Linear))
+    return (3, width) if hasattr(layer, "latents") else (width,)
 
 
 def _first(width: int | tuple[int, ...]) -> int:
@@ -227,7 +282,6 @@ def _load(pretrained: str, arguments: dict[str, Any]) -> nn.Module:
     except (OSError, ValueError) as error:
         raise RequestError(f"{pretrained}: no UNet to load: {' '.join(str(error).split())[:200]}") from error
     for name, wanted in arguments.items():
-        have = unet.config.get(name)
-        if (tuple(have) if isinstance(have, list) else have) != (tuple(wanted) if isinstance(wanted, list) else wanted):
+        if not _same(have := unet.config.get(name), wanted):
             raise RequestError(f"{pretrained}: its UNet has {name} {have}; the config says {wanted}")
     return unet

@@ -6,15 +6,19 @@ In each case the reference is a UNet whose own weights were overwritten with the
 from __future__ import annotations
 
 import copy
+import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from modalities.diffusion.backbones.unet import unet_sites
-from modalities.diffusion.res_adapter import ResAdapter
+from modalities.diffusion.pipelines import attach, attached, detach
+from modalities.diffusion.res_adapter import ResAdapter, save_official
 from shared import Adapted, adapt
 from tests.modalities.diffusion.conftest import inputs, shake, tiny
+from tests.modalities.diffusion.pipelines import save_pipeline
 
 
 def adapted_and_reference(strength: float = 0.7) -> tuple[Adapted, Any]:
@@ -159,3 +163,125 @@ def test_a_sampler_that_holds_the_unet_sees_the_adapter_at_other_sizes():
         torch.testing.assert_close(ours, estimate(reference, latent), rtol=1e-4, atol=1e-5)
         with model.disabled():
             assert float((ours - estimate(model.backbone, latent)).abs().max()) > 1e-3
+
+
+# -- any two of what users combine, on whole pipelines -----------------------------------------------------------------
+
+
+class Companions:
+    """A small pipeline and what can be put on it, each with its undoing; ``image`` runs it at a size of its own."""
+
+    def __init__(self, folder: Path, adapter: Path):
+        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+        self.pipe: Any = DiffusionPipeline.from_pretrained(folder)
+        self.adapter, self.scheduler, self.given = adapter, self.pipe.scheduler, {}
+        self.names: list[str] = []
+
+    def on(self, name: str) -> None:
+        getattr(self, f"_{name}")()
+
+    def off(self) -> None:
+        if attached(self.pipe):
+            detach(self.pipe)
+        self.pipe.unload_lora_weights()
+        if self.pipe.unet.encoder_hid_proj is not None:
+            self.pipe.unload_ip_adapter()
+        self.pipe.disable_freeu()
+        self.pipe.scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        self.given, self.names = {}, []
+
+    def image(self) -> torch.Tensor:
+        from diffusers.pipelines.controlnet.pipeline_controlnet import StableDiffusionControlNetPipeline
+
+        pipe, given = self.pipe, dict(self.given)
+        if "controlnet" in given:
+            parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
+            pipe = StableDiffusionControlNetPipeline(
+                **parts, controlnet=given.pop("controlnet"), requires_safety_checker=False
+            )
+        pipe.set_progress_bar_config(disable=True)
+        made = pipe(
+            "a cat", width=96, height=64, num_inference_steps=1, guidance_scale=1.5, output_type="np",
+            generator=torch.Generator().manual_seed(0), **given,
+        )  # fmt: skip
+        return torch.tensor(made.images)
+
+    def _ours(self) -> None:
+        attach(self.pipe, self.adapter)
+
+    def _style(self) -> None:
+        self._lora("style", 1)
+
+    def _lcm(self) -> None:
+        from diffusers import LCMScheduler
+
+        self._lora("lcm", 2)
+        self.pipe.scheduler = LCMScheduler.from_config(self.pipe.scheduler.config)
+
+    def _lora(self, name: str, seed: int) -> None:
+        """In kohya's format, on attention and, as ours is, on a convolution."""
+        generator = torch.Generator().manual_seed(seed)
+        state = {}
+        for stem, down, up in (
+            ("mid_block_attentions_0_transformer_blocks_0_attn1_to_q", (2, 16), (16, 2)),
+            ("down_blocks_0_downsamplers_0_conv", (2, 8, 3, 3), (8, 2, 1, 1)),
+        ):
+            state[f"lora_unet_{stem}.lora_down.weight"] = 0.5 * torch.randn(down, generator=generator)
+            state[f"lora_unet_{stem}.lora_up.weight"] = 0.5 * torch.randn(up, generator=generator)
+            state[f"lora_unet_{stem}.alpha"] = torch.tensor(2.0)
+        self.pipe.load_lora_weights(state, adapter_name=name)
+        self.names.append(name)
+        self.pipe.set_adapters(self.names)
+
+    def _controlnet(self) -> None:
+        from diffusers import ControlNetModel
+
+        torch.manual_seed(0)
+        control = ControlNetModel.from_unet(tiny("tiny_sd15").unet, conditioning_channels=3).eval()
+        with torch.no_grad():
+            for parameter in control.controlnet_down_blocks.parameters():
+                parameter.add_(0.1)
+        self.given |= {"controlnet": control, "image": torch.rand(1, 3, 64, 96)}
+
+    def _ip(self) -> None:
+        self.pipe.load_ip_adapter(ip_adapter(self.pipe.unet), subfolder="", weight_name="x", image_encoder_folder=None)
+        self.given["ip_adapter_image_embeds"] = [torch.ones(2, 1, 16)]
+
+    def _freeu(self) -> None:
+        self.pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+
+
+@pytest.fixture(scope="module")
+def companions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    backbone = tiny("tiny_sd15")
+    model = adapt(backbone, ResAdapter(rank=4))
+    shake(model, "default")
+    save_official(model, folder / "adapter")
+    found = Companions(save_pipeline(folder), folder / "adapter")
+    found.base = found.image()
+    found.weights = {name: tensor.clone() for name, tensor in found.pipe.unet.state_dict().items()}
+    return found
+
+
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning", "ignore:Already found a `peft_config`:UserWarning"
+)
+@pytest.mark.parametrize("pair", list(itertools.combinations(("ours", "style", "lcm", "controlnet", "ip", "freeu"), 2)))
+def test_any_two_work_together_in_either_order_and_come_off(companions, pair):
+    images = []
+    for order in (pair, pair[::-1]):
+        try:
+            for name in order:
+                companions.on(name)
+            images.append(companions.image())
+        finally:
+            companions.off()
+    assert images[0].isfinite().all()
+    torch.testing.assert_close(images[0], images[1], rtol=1e-4, atol=1e-4)
+    assert float((images[0] - companions.base).abs().max()) > 1e-3
+    state = companions.pipe.unet.state_dict()
+    assert list(state) == list(companions.weights)
+    assert all(torch.equal(tensor, companions.weights[name]) for name, tensor in state.items())
+    assert torch.equal(companions.image(), companions.base)

@@ -1,18 +1,6 @@
 """A UNet that knows patterns at 32 pixels learns other sizes through ResAdapter, and hardly through its attention.
 
-Losses for seeds 0, 1, 2 of the base:
-<<<<<<< HEAD
-    at 64 pixels   frozen 0.164 0.191 0.155   ResAdapter 0.083 0.086 0.076   LoRA on the attention 0.112 0.147 0.142
-    at 16 pixels   frozen 0.384 0.350 0.370   ResAdapter 0.363 0.335 0.348   LoRA on the attention 0.390 0.356 0.371
-    at 32 pixels   frozen 0.069 0.051 0.062   ResAdapter 0.083 0.066 0.083   LoRA on the attention 0.072 0.055 0.063
-At the size it knows, the UNet gives up more with ResAdapter than with that LoRA, which changes less anywhere.
-=======
-    at 64 pixels   frozen 0.192 0.187 0.151   ResAdapter 0.078 0.071 0.075   LoRA on the attention 0.139 0.167 0.131
-    at 16 pixels   frozen 0.368 0.347 0.377   ResAdapter 0.327 0.321 0.316   LoRA on the attention 0.361 0.346 0.371
-    at 32 pixels   frozen 0.054 0.041 0.053   ResAdapter 0.075 0.064 0.070   LoRA on the attention 0.069 0.045 0.060
-So at the size it knows the UNet gives up a little more with ResAdapter than with that LoRA, which changes less
-anywhere.
->>>>>>> main
+At the size it knows, the UNet gives up a little more with ResAdapter than with that LoRA, which changes less anywhere.
 """
 
 from __future__ import annotations
