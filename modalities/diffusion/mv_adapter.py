@@ -10,20 +10,27 @@ first, as a pipeline with ``num_images_per_prompt`` has them. What a call wants 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modalities.diffusion.backbones.unet import unet_sites
+from modalities.diffusion.mv_attention import ViewAttention
 from modalities.diffusion.mv_condition import Conditioning, condition_encoder
+from shared import weights
+from shared.adapted import Adapted
 from shared.adapter import Adapter
+from shared.backbone import Backbone
 from shared.errors import RequestError
 from shared.method import Method
 from shared.sites import Site, Sites
+from shared.store import write_atomically
 from shared.taxonomy import Record
 
 
@@ -74,6 +81,13 @@ class MVAdapter(Method):
         return told
 
 
+# -- the released files -----------------------------------------------------------------------------------------------
+
+TEXT_WIDTH = "cross_attention_dim"  # in the metadata of our files: what tells SD1.5 from SD2.1, which have equal shapes
+_COPY = re.compile(r"((?:down_blocks|mid_block|up_blocks)\..*attn1\.processor)\.(to_(?:q|k|v|out)_(?:mv|ref)\..+)")
+_ENCODER = re.compile(r"adapter\.(conv_in|body)\..+")
+
+
 def published(site: Site) -> str:
     """The name the published code gives the adapter of a self-attention: that of its processor in the UNet."""
     path = site.path
@@ -81,114 +95,143 @@ def published(site: Site) -> str:
     return f"{path[start:]}.processor"
 
 
-# -- attention ---------------------------------------------------------------------------------------------------------
+def is_official(keys: Sequence[str]) -> bool:
+    """Whether these are the keys of an MV-Adapter file."""
+    return any(match and match[2].startswith("to_q_mv") for match in map(_COPY.fullmatch, keys))
 
 
-class ViewAttention(Adapter):
-    """Around a self-attention: adds that between the views and that to the reference, both of the same input."""
-
-    def __init__(self, attention: Any, name: str, views: str = "row", reference: bool = False):
-        super().__init__()
-        self.name, self.views, self.reference, self.heads = name, views, reference, attention.heads
-        for branch in ("mv", "ref") if reference else ("mv",):
-            for part in ("to_q", "to_k", "to_v"):
-                self.add_module(f"{part}_{branch}", _copy(getattr(attention, part)))
-            out = _copy(attention.to_out[0])
-            with torch.no_grad():
-                for parameter in out.parameters():
-                    parameter.zero_()
-            self.add_module(f"to_out_{branch}", nn.ModuleList([out, nn.Dropout(0.0)]))
-
-    def forward(self, base: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        told = vars(self.context)
-        cache = told.get("cache_hidden_states")
-        if cache is not None:
-            cache[self.name] = hidden_states
-        output = base(hidden_states, *args, **kwargs)
-        x = hidden_states.to(self.to_q_mv.weight.dtype)  # type: ignore[union-attr]
-        if told.get("use_mv", True):
-            output = output + told.get("mv_scale", 1.0) * self.between_views(x).to(output.dtype)
-        references = told.get("ref_hidden_states")
-        if self.reference and references is not None and told.get("use_ref", True):
-            added = self.to_reference(x, references[self.name].to(x))
-            output = output + told.get("ref_scale", 1.0) * added.to(output.dtype)
-        return output
-
-    def between_views(self, x: Tensor) -> Tensor:
-        """x (B * V, H * W, C): every token attends to its row in all V views (or see ``rows_and_columns``)."""
-        views, (height, width) = self.context.num_views, _grid(x.shape[1], vars(self.context).get("latent_size"))
-        if len(x) % views:
-            raise RequestError(f"num_views {views}: the batch of {len(x)} is no whole number of objects")
-        queries, keys, values = (
-            getattr(self, f"to_{part}_mv")(x).reshape(-1, views, height, width, x.shape[-1]) for part in "qkv"
-        )
-        if self.views == "row_column" and views > 1:
-            found = rows_and_columns(queries, keys, values, self.heads)
-        else:
-            found = rows(queries, keys, values, self.heads)
-        return _through(self.to_out_mv, found.reshape(x.shape))
-
-    def to_reference(self, x: Tensor, reference: Tensor) -> Tensor:
-        """x (n, tokens, C) attends to reference (r, tokens, C), whose rows serve n / r images each, in order."""
-        if len(x) % len(reference):
-            raise RequestError(f"ref_hidden_states of {len(reference)} rows do not go into a batch of {len(x)}")
-        queries = self.to_q_ref(x).reshape(len(reference), -1, x.shape[-1])  # type: ignore[operator]
-        found = attend(queries, self.to_k_ref(reference), self.to_v_ref(reference), self.heads)  # type: ignore[operator]
-        return _through(self.to_out_ref, found.reshape(x.shape))
+def official_names(method: MVAdapter, sites: Sites) -> dict[str, tuple[Site, str]]:
+    """The official key of every tensor of the adapter, with its site and its name there; the map of both ways."""
+    names: dict[str, tuple[Site, str]] = {}
+    for site in method.sites(sites):
+        if site.role == "attention":
+            parts = ("mv", "ref") if method.reference else ("mv",)
+            inner = [f"to_{p}_{b}{'.0' * (p == 'out')}.weight" for b in parts for p in ("q", "k", "v", "out")]
+            inner += [f"to_out_{b}.0.bias" for b in parts]
+            names |= {f"{published(site)}.{name}": (site, name) for name in inner}
+        elif method.condition:
+            with torch.device("meta"):
+                encoder = method.build(site).state_dict()
+            names |= {name.removeprefix("encoder."): (site, name) for name in encoder}
+    return names
 
 
-def rows(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
-    """Attention of each row over that row of all views. All (B, V, H, W, C)."""
-    batch, views, height, width, channels = queries.shape
-    q, k, v = (t.transpose(1, 2).reshape(-1, views * width, channels) for t in (queries, keys, values))
-    return attend(q, k, v, heads).reshape(batch, height, views, width, channels).transpose(1, 2)
+def load_official(
+    target: nn.Module,
+    path: str | os.PathLike,
+    *,
+    views: str | None = None,
+    name: str = "mv_adapter",
+    example: Sequence[Any] | None = None,
+) -> Adapted:
+    """Attach a released file (``mvadapter_{t2mv,i2mv,tg2mv,ig2mv}_{sdxl,sd21}``, or a folder that holds just it).
 
+    target: a diffusers UNet, a backbone around one, or a model adapted already, which gets one more adapter.
+    views: "row" or "row_column"; None goes by the file's name, where geometry models have "tg2mv" or "ig2mv" in it.
+    example: inputs for the proof of effect; a backbone brings its own.
 
-def rows_and_columns(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
-    """Front, right, back, left, top, bottom (B, 6, H, W, C): rows among the first four, columns among the front
-    (mirrored, as the back is seen), back, top and bottom; front and back take the mean of both."""
-    if queries.shape[1] != 6:
-        raise RequestError(f"num_views {queries.shape[1]}: attention along rows and columns is for the 6 sides")
-    row = rows(queries[:, :4], keys[:, :4], values[:, :4], heads)
-    q, k, v = (
-        torch.stack([t[:, 0].flip(2), t[:, 2], t[:, 4], t[:, 5]], 1).transpose(2, 3) for t in (queries, keys, values)
+    Raises RequestError where the file is no MV-Adapter, is damaged, is for another UNet, or has a key that is not used
+    or lacks one. The target is unchanged then.
+    """
+    path = _file(Path(path))
+    tensors, told = weights.read(path), _metadata(path)
+    if not is_official(list(tensors)):
+        raise RequestError(f"{path}: no MV-Adapter: none of its {len(tensors)} keys ends in attn1.processor.to_q_mv")
+    views = views or told.get("views") or ("row_column" if re.search(r"[ti]g2mv", path.name) else "row")
+    method = MVAdapter(
+        views=views,  # type: ignore[arg-type]
+        reference=any("_ref." in key for key in tensors),
+        condition=any(map(_ENCODER.fullmatch, tensors)),
     )
-    column = rows(q, k, v, heads).transpose(2, 3)
-    front, back = (row[:, 0] + column[:, 0].flip(2)) / 2, (row[:, 2] + column[:, 1]) / 2
-    return torch.stack([front, row[:, 1], back, row[:, 3], column[:, 2], column[:, 3]], 1)
+    sites = target.sites() if isinstance(target, Adapted | Backbone) else unet_sites(target)
+    _check_base(tensors, told, sites, path)
+    names = official_names(method, sites)
+    if problem := _misfit(tensors, names):
+        raise RequestError(f"{path}: {problem}")
+    model = target if isinstance(target, Adapted) else Adapted(target, sites=sites)
+    model.add(method, name=name, example=example)
+    found = {key: _tensor(model.bank[name][site.key], inner) for key, (site, inner) in names.items()}  # type: ignore[index]
+    if wrong := [key for key, ours in found.items() if ours.shape != tensors[key].shape]:
+        model.remove(name)
+        shapes = f"{tuple(tensors[wrong[0]].shape)}, here {tuple(found[wrong[0]].shape)}"
+        raise RequestError(f"{path}: {len(wrong)} tensors of another shape (first: {wrong[0]} {shapes})")
+    with torch.no_grad():
+        for key, ours in found.items():
+            ours.copy_(tensors[key])
+    return model
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
-    """Scaled dot-product attention of (n, tokens, C)."""
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (queries, keys, values))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+def save_official(model: Adapted, path: str | os.PathLike, *, name: str | None = None) -> None:
+    """Write an MV-Adapter as the published code reads it. name: which adapter; None means the only one of the model."""
+    from safetensors.torch import save
+
+    names = [n for n, method in model.methods.items() if isinstance(method, MVAdapter)]
+    if name is None and len(names) == 1:
+        name = names[0]
+    if name not in names:
+        raise RequestError(f"no MV-Adapter {name!r} to save; loaded: {', '.join(names) or 'none'}")
+    method: Any = model.methods[name]
+    sites = model.sites()
+    tensors = {
+        key: _tensor(model.bank[name][site.key], inner).detach().cpu().contiguous()  # type: ignore[index]
+        for key, (site, inner) in official_names(method, sites).items()
+    }
+    told = {"views": method.views, TEXT_WIDTH: str(_unet(sites).config.cross_attention_dim)}
+    write_atomically(Path(path), save(tensors, metadata=told))
 
 
-def _through(layers: Any, x: Tensor) -> Tensor:
-    for layer in layers:
-        x = layer(x)
-    return x
+def _tensor(module: Any, inner: str) -> Tensor:
+    return module.get_parameter(inner)
 
 
-def _copy(layer: Any) -> nn.Linear:
-    """A linear layer with the frozen values of another one; adapters on it are looked through."""
-    own = getattr(layer, "base_layer", layer)._parameters
-    rows, columns = own["weight"].shape
-    twin = nn.Linear(columns, rows, bias=own.get("bias") is not None, device="meta")
-    for name, value in own.items():
-        if value is not None:
-            setattr(twin, name, nn.Parameter(value.detach().clone()))
-    return twin
+def _unet(sites: Sites) -> Any:
+    return sites.select("model")[0].module
 
 
-def _grid(tokens: int, size: tuple[int, int] | None) -> tuple[int, int]:
-    """(H, W) of a level's tokens below latents of ``size``, which each level halves, rounding up; else a square."""
-    height, width = size or (math.isqrt(tokens),) * 2
-    while height * width > tokens:
-        height, width = (height + 1) // 2, (width + 1) // 2
-    if height * width != tokens:
-        what = (
-            f"level of latents {size[0]}x{size[1]}" if size else "square: say the size (height, width) of the latents"
+def _file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        raise RequestError(f"{path}: {len(found)} .safetensors files in this folder; name the one to load")
+    return found[0]
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    if path.suffix != ".safetensors":
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def _check_base(tensors: Mapping[str, Tensor], told: Mapping[str, str], sites: Sites, path: Path) -> None:
+    """The file's base must be this UNet's kind, by where its self-attentions are, how wide, and the text's width."""
+    theirs = {m[1]: t.shape[0] for k, t in tensors.items() if (m := _COPY.fullmatch(k)) and m[2] == "to_q_mv.weight"}
+    ours = {published(site): site.module.query_dim for site in sites.select("attention", tags="self")}  # type: ignore[union-attr]
+    if theirs.keys().isdisjoint(ours) or theirs != {n: ours.get(n) for n in theirs} or len(theirs) < len(ours):
+        raise RequestError(
+            f"{path}: made for {_kind(theirs)} ({len(theirs)} self-attentions, {min(theirs.values())} to "
+            f"{max(theirs.values())} wide); this UNet is {_kind(ours)} ({len(ours)}, {min(ours.values())} to "  # type: ignore[type-var]
+            f"{max(ours.values())} wide)"  # type: ignore[type-var]
         )
-        raise RequestError(f"{tokens} tokens are no {what}")
-    return height, width
+    have = str(_unet(sites).config.cross_attention_dim)
+    published_width = "1024" if _kind(theirs) == "SD2.1" else have
+    if (want := told.get(TEXT_WIDTH, published_width)) != have:
+        raise RequestError(f"{path}: made for a UNet that reads text of width {want}; this one's text is {have} wide")
+
+
+def _kind(attentions: Mapping[str, Any]) -> str:
+    """What the places and widths of the self-attentions tell of a UNet."""
+    shape = len(attentions), set(attentions.values())
+    known = {(70, frozenset({640, 1280})): "SDXL", (16, frozenset({320, 640, 1280})): "SD2.1"}
+    return known.get((shape[0], frozenset(shape[1])), "another UNet")
+
+
+def _misfit(given: Mapping[str, Tensor], names: Mapping[str, tuple[Site, str]]) -> str:
+    """What is left over or missing among the keys, in words; empty where all fit."""
+    extra, lacking = [key for key in given if key not in names], [key for key in names if key not in given]
+    found = [f"{len(extra)} of its {len(given)} keys not used (first: {extra[0]})"] if extra else []
+    found += [f"{len(lacking)} missing (first: {lacking[0]})"] if lacking else []
+    return ", ".join(found)

@@ -46,6 +46,13 @@ def condition_encoder(unet: Any, vae_factor: int) -> nn.Module:
     raise RequestError(f"no published encoder fits down blocks {', '.join(kinds)}: set condition: false")
 
 
+def control_factor(timesteps: Tensor, share: float) -> float:
+    """The ``control_factor`` with which the encoder acts in exactly the first ``int(steps * share)`` of a sampler's
+    falling timesteps; for evenly spaced ones it is the share itself."""
+    count = int(len(timesteps) * share)
+    return 1 - float(timesteps[count - 1]) / STEPS if count else -1.0
+
+
 def t2i_adapter(kind: str, channels: list[int], blocks: int, factor: int) -> nn.Module:
     from diffusers.models.adapter import T2IAdapter
 

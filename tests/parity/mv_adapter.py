@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modalities.diffusion import cameras
-from modalities.diffusion.mv_adapter import ViewAttention
+from modalities.diffusion.mv_attention import ViewAttention
 from modalities.diffusion.mv_condition import t2i_adapter
 from modalities.diffusion.shifted import shifted
 from shared.errors import RequestError

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from modalities.diffusion.backbones.unet import DiffusersUNet, unet_sites
-from modalities.diffusion.mv_adapter import MVAdapter, ViewAttention, attend, rows, rows_and_columns
+from modalities.diffusion.mv_adapter import MVAdapter
+from modalities.diffusion.mv_attention import ViewAttention, attend, rows, rows_and_columns
 from shared import Adapted, adapt, taxonomy
 from shared.errors import RequestError
 from tests.modalities.diffusion.conftest import inputs, shake, tiny
