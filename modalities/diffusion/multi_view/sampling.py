@@ -31,13 +31,13 @@ def views(task: Any, wanted: Wanted, progress: Callable[[int, int], None]) -> Ma
         raise RequestError("this adapter has no branch for a reference image: give none, or train with reference: true")
     if wanted.image is None and not wanted.prompt and task.pipeline is not None:
         raise RequestError("give a prompt, a reference image, or both")
-    count = wanted.views or task.views
+    count = task.views if wanted.views is None else wanted.views
     around, size = cameras.view_guided(count), wanted.size or (task.size, task.size)
     control = cameras.ray_maps(around, (1, 1)).to(task.device) if task.conditioned else None
     reference = None if wanted.image is None else read_reference(wanted.image, size).to(task.device)[None]
     settings = {
         "prompt": wanted.prompt, "negative": NEGATIVE if wanted.negative is None else wanted.negative,
-        "size": list(size), "views": count, "steps": wanted.steps or 50, "seed": wanted.seed,
+        "size": list(size), "views": count, "steps": 50 if wanted.steps is None else wanted.steps, "seed": wanted.seed,
         "guidance": (7.0 if reference is None else 3.0) if wanted.guidance is None else wanted.guidance,
         "image": None if wanted.image is None else str(wanted.image), "shift": task.shift, "mode": task.shift_mode,
     }  # fmt: skip
