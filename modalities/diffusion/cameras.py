@@ -164,7 +164,8 @@ def positions_from_depth(cameras: Cameras, depth: Tensor, mask: Tensor, *, centr
     """
     if not cameras.are_orthographic:
         raise RequestError("positions_from_depth: the depth of orthographic cameras is wanted")
-    x, y = _centred(*depth.shape[1:], cameras, 0.5 if centres else 0.0)
+    height, width = depth.shape[1:]
+    x, y = _centred(height, width, cameras, 0.5 if centres else 0.0)
     inside = torch.stack(torch.broadcast_tensors(x, y, -depth), -1)
     world = torch.einsum("vij,vhwj->vhwi", cameras.c2w[:, :3, :3], inside) + cameras.positions[:, None, None]
     return world * mask[..., None].to(world)

@@ -34,12 +34,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     },
+    "sd21": {
+        "sample_size": 96,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "cross_attention_dim": 1024,
+        "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+    },
     "tiny_sd15": {
         "sample_size": 8,
         "block_out_channels": (8, 16, 16, 16),
         "norm_num_groups": 4,
         "cross_attention_dim": 32,
         "attention_head_dim": 2,
+    },
+    "tiny_sd21": {
+        "sample_size": 8,
+        "block_out_channels": (8, 16, 16, 16),
+        "norm_num_groups": 4,
+        "cross_attention_dim": 32,
+        "attention_head_dim": (2, 4, 4, 4),
+        "use_linear_projection": True,
     },
     "tiny_sdxl": {
         "sample_size": 8,
@@ -56,6 +71,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 80,
     },
 }
+CONFIGS["sd21_base"] = {**CONFIGS["sd21"], "sample_size": 64}
 
 _TRANSFORMER = r"attentions\.\d+\.transformer_blocks\.\d+\."
 # Path of a module inside its block, the role it plays, and its tags. The first pattern that fits the whole path counts.
@@ -135,8 +151,8 @@ class DiffusersUNet(Backbone):
 
     bands: channels of the images, for a config that leaves ``in_channels`` and ``out_channels`` open; those named
     below take the 4 channels of latents, and so does an open one without bands.
-    config: the name of a published shape or small trial shape ("sd15", "sdxl", "tiny_sd15", "tiny_sdxl"), or the
-    arguments of diffusers' ``UNet2DConditionModel``.
+    config: the name of a published shape or small trial shape (a key of ``CONFIGS``), or the arguments of diffusers'
+    ``UNet2DConditionModel``.
     pretrained: a folder or a Hugging Face name that holds a pipeline with such a UNet, or the UNet itself; None draws
     random weights. On the meta device nothing is read.
     seed: of the random weights.

@@ -1,0 +1,1 @@
+ABSENT = "needs a diffusion UNet: tests/modalities/diffusion"
