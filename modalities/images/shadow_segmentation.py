@@ -41,7 +41,7 @@ class ShadowSegmentation(Task):
 
     Results of a split, in percent but for ``loss`` and IoU, over the pixels of all its images at their own sizes:
     ``balanced_error`` (BER), ``shadow_error`` and ``lit_error`` (the shares of either class that are missed), ``iou``;
-    the same of the prompting network's map as ``coarse/…``.
+    the same of the prompting network's map as ``coarse_…``.
     """
 
     monitor: ClassVar[str] = "validation/balanced_error"
@@ -81,7 +81,7 @@ class ShadowSegmentation(Task):
     def results(self) -> dict[str, Any]:
         found = {"loss": self.mean_loss.compute().item()}
         found |= measure(self.scores["fine"].compute())  # type: ignore[operator]
-        found |= {f"coarse/{name}": value for name, value in measure(self.scores["coarse"].compute()).items()}  # type: ignore[operator]
+        found |= {f"coarse_{name}": value for name, value in measure(self.scores["coarse"].compute()).items()}  # type: ignore[operator]
         for metric in (self.mean_loss, *self.scores.values()):
             metric.reset()  # type: ignore[operator]
         return found

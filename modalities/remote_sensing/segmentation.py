@@ -146,8 +146,8 @@ class Segmentation(Task):
         map_files(scores, Feed.of(described), inputs, output, identity=identity, **options)
 
     def pictures(self, data: Any, count: int = 4) -> Any:
-        """``count`` samples spread over the test split: the image in several band combinations, then truth, prediction
-        and errors."""
+        """``count`` samples spread over the test split: the image (in a row of its own where it has several band
+        combinations), then truth, prediction and errors."""
         from shared.report.plots import RIGHT, WRONG, Pictures, class_colours, mistakes, paint
 
         samples: Any = data.test().dataset
@@ -160,9 +160,9 @@ class Segmentation(Task):
             counts = truth != self.ignore_index
             ignored |= not counts.all()
             right = f"{(truth == said)[counts].mean():.1%} of its pixels are right" if counts.any() else "no labels"
-            rows.append((sample["name"], data.displays(sample["image"])))
-            shown = {"truth": maps[0], "prediction": maps[1], "errors": errors}
-            rows.append((f"{sample['name']}: {right}", shown))
+            views, shown = data.displays(sample["image"]), {"truth": maps[0], "prediction": maps[1], "errors": errors}
+            caption = f"{sample['name']}: {right}"
+            rows += [(caption, views | shown)] if len(views) == 1 else [(sample["name"], views), (caption, shown)]
         unlabelled = {"ignored": "#000000"} if ignored else {}
         judged = {"right": RIGHT, "wrong": WRONG}
         return Pictures(rows, {"Classes": colours | unlabelled, "Errors": judged | unlabelled})

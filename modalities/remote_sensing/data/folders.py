@@ -22,6 +22,7 @@ class FolderScenes(Scenes):
     classes: names, in the order of the class index.
     label_values: for each class the value, or values, that mask files hold for it (0, 1, 2 ... if not given).
     ignore_value: value or values of mask files that stand for no label.
+    threshold: for masks in grey with soft edges, of two classes: values above it are the second class.
     bands: which bands, by name or by number from 1, in the order wanted (all if not given).
     band_names: names of all bands of a file, in its order (as the files describe them if not given).
     layout: "HWC" or "CHW" of .npy files, where their shape leaves it open.
@@ -49,6 +50,7 @@ class FolderScenes(Scenes):
         classes: Sequence[str],
         label_values: Sequence[int | Sequence[int]] | None = None,
         ignore_value: int | Sequence[int] | None = None,
+        threshold: int | None = None,
         bands: Sequence[int | str] | None = None,
         band_names: Sequence[str] | None = None,
         layout: str | None = None,
@@ -64,7 +66,7 @@ class FolderScenes(Scenes):
         seed: int = 0,
         augment: bool = True,
     ):
-        labels = Labels(classes, label_values, ignore_value)
+        labels = Labels(classes, label_values, ignore_value, threshold)
         source = FolderSource(images, masks, labels, bands=bands, band_names=band_names, layout=layout, fill=fill)
         scene_names = [scene_of(name, group) for name in source.names]
         super().__init__(
@@ -83,14 +85,20 @@ class FolderScenes(Scenes):
 
 
 class Labels:
-    """From the values of mask files to class indices."""
+    """From the values of mask files to class indices: value by value, or by a threshold between two classes."""
 
     def __init__(
         self,
         classes: Sequence[str],
         values: Sequence[int | Sequence[int]] | None = None,
         ignore: int | Sequence[int] | None = None,
+        threshold: int | None = None,
     ):
+        self._threshold, self._ignored = threshold, _listed(ignore)
+        if threshold is not None:
+            if len(classes) != 2 or values is not None:
+                raise RequestError(f"threshold {threshold}: it parts two classes, and takes the place of label_values")
+            return
         values = range(len(classes)) if values is None else values
         if len(values) != len(classes):
             raise RequestError(f"label_values: {len(values)} for {len(classes)} classes; give one entry for each class")
@@ -105,6 +113,8 @@ class Labels:
 
     def index(self, path: Path | str, stored: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """Values as stored (H, W) to class indices, IGNORE where not ``valid``; any other value raises RequestError."""
+        if self._threshold is not None:
+            return np.where(valid & ~np.isin(stored, self._ignored), stored > self._threshold, IGNORE)
         place = np.searchsorted(self._values, stored).clip(max=len(self._values) - 1)
         strange = valid & (self._values[place] != stored)
         if strange.any():

@@ -54,7 +54,7 @@ def test_pixels_of_all_images_are_pooled_at_their_own_sizes() -> None:
     assert found["shadow_error"] == pytest.approx(100 * 4 / 12)
     assert found["lit_error"] == pytest.approx(100 * 40 / 76)
     assert found["iou"] == pytest.approx(8 / 52)
-    assert found["coarse/shadow_error"] == pytest.approx(100 * 8 / 12)
+    assert found["coarse_shadow_error"] == pytest.approx(100 * 8 / 12)
 
 
 def test_a_prediction_has_the_size_asked_for() -> None:

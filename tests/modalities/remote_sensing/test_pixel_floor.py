@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from modalities.remote_sensing.data import LandsatBiome
 from modalities.remote_sensing.pixel_floor import confusion, main
@@ -46,15 +47,53 @@ def test_it_finds_what_a_pixel_tells_and_no_more(made, spectral, low, high):
     assert low <= measure(counts, folds[0].classes)["oa"] <= high
 
 
+def test_a_rare_class_is_answered_where_the_draw_is_balanced():
+    """Of single pixels that differ by noise, one in eight is of the second class: odds never reach a half."""
+    random = np.random.default_rng(0)
+
+    class Data:
+        classes, bands, ignore_index = ("ground", "road"), 1, 255
+
+        def train(self):
+            mask = torch.from_numpy(random.random((1, 64, 64)) < 0.125).long()
+            noise = torch.from_numpy(random.normal(0, 2, (1, 1, 64, 64))).float()
+            return [{"image": mask[:, None] + noise, "mask": mask, "name": ["a"]}]
+
+        test = train
+
+    plain, even = (measure(confusion([Data()], 4096, 0, balanced=b), Data.classes)["iou/road"] for b in (False, True))
+    assert plain < 0.01
+    assert even == pytest.approx(0.158, abs=0.03)
+
+
+def test_two_dates_are_told_by_how_far_they_lie_apart():
+    before = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(32) % 4 == 0).long().expand(1, 32, 32)
+    sign = 1 - 2 * (torch.arange(32) % 8 == 0).float()  # as often brighter as darker, so no single date tells
+
+    class Data:
+        classes, bands, ignore_index = ("unchanged", "change"), 1, 255
+
+        def train(self):
+            return [{"image": torch.cat([before, before + sign * mask[:, None]], 1), "mask": mask, "name": ["a"]}]
+
+        test = train
+
+    assert measure(confusion([Data()], 1024, 0), Data.classes)["oa"] == 1
+
+
 def test_the_command_prints_a_table_and_refuses_what_it_cannot_do(made, capsys, tmp_path):
-    assert main([str(made(True)), "--folds", "3", "--pixels", "100", "--seeds", "1"]) == 0
+    name = "remote_sensing/landsat_biome"
+    assert main([name, f"data.root={made(True)}", "--folds", "3", "--pixels", "100", "--seeds", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == [
         "miou", "oa", "iou/clear", "iou/cloud shadow", "iou/thin cloud", "iou/cloud",
+        "all clear", "all cloud shadow", "all thin cloud", "all cloud",
     ]  # fmt: skip
     assert float(lines[0].split()[1]) > 0.99
-    assert main([str(tmp_path / "gone")]) == 2
-    assert main([str(tmp_path), "--pixels", "0"]) == 2
+    assert [float(line.split()[-1]) for line in lines[6:]] == [0.25] * 4
+    assert main([name, f"data.root={tmp_path / 'gone'}"]) == 2
+    assert main([name, "--pixels", "0"]) == 2
     assert "at least 1" in capsys.readouterr().err
 
 
