@@ -23,7 +23,7 @@ SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Clips:
+class _Masked:
     """What both sources share: each clip is told by a number of key frames, and padded with zeros to one length.
 
     size: pixels a side; other shapes get transparent margins.  frames: of a clip with its padding.
@@ -118,7 +118,7 @@ class _Clips:
 
 
 class _Split(Dataset):
-    def __init__(self, data: _Clips, split: str):
+    def __init__(self, data: _Masked, split: str):
         self.data, self.split = data, split
 
     def __len__(self) -> int:
@@ -151,7 +151,7 @@ def pixels(frames: np.ndarray, size: int, bands: int) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MovingDots(_Clips):
+class MovingDots(_Masked):
     """One coloured dot that moves over nothing in one of four directions, slowly or fast; needs no files.
 
     clips: of the training split; the checks come on top.
@@ -186,7 +186,7 @@ _PACES = {"slowly": 0.03, "fast": 0.09}  # sides of the picture a frame
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnimatedStickers(_Clips):
+class AnimatedStickers(_Masked):
     """Animated GIF, WebP and APNG files of a folder, with transparency, and a caption each.
 
     folder: holds the files.  captions: a CSV table with the columns file (relative to the folder) and caption; None:

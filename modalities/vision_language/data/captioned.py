@@ -23,7 +23,7 @@ class CaptionSource(Protocol):
         ...
 
 
-class CaptionedImages(PreparedImages):
+class ImagesWithCaptions(PreparedImages):
     """What a task is fed: ``train()``, ``validation()``, ``test()`` loaders of one ``CaptionSource``.
 
     A sample is ``{"image": float32 (bands, size, size), "captions": tuple of texts, "name": str}``: all captions, in

@@ -10,13 +10,13 @@ from typing import Literal
 import numpy as np
 
 from modalities.images.data import read_image
-from modalities.vision_language.data.captioned import CaptionedImages, drawn
+from modalities.vision_language.data.captioned import ImagesWithCaptions, drawn
 from shared.errors import RequestError
 
 TABLE = "captions.csv"
 
 
-class CaptionedFolder(CaptionedImages):
+class CaptionedFolder(ImagesWithCaptions):
     """PNG, JPEG, TIFF and WebP files, and a table ``captions.csv`` beside them with a row for each caption."""
 
     def __init__(

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from modalities.images.data import SHAPES
-from modalities.vision_language.data.captioned import CaptionedImages, drawn
+from modalities.vision_language.data.captioned import ImagesWithCaptions, drawn
 from shared.errors import RequestError
 
 FIGURES = ("disc", "square", "ring", "cross")
@@ -26,7 +26,7 @@ ALL = [
 ]  # fmt: skip
 
 
-class GeneratedCaptions(CaptionedImages):
+class GeneratedCaptions(ImagesWithCaptions):
     """Discs, squares, rings and crosses, small and large, in six colours on five others; no two images are told alike.
 
     Each has two captions: "a large red disc on a blue ground" and "blue ground, and on it a large red disc".
