@@ -1,20 +1,23 @@
 """What an adapter changes at sizes its base was not trained at: held-out denoising loss and a kernel distance.
 
-    python -m modalities.diffusion.size_probe RUN [--sizes 16,32,48,64] [--samples 96] [--steps 15]
+    python -m modalities.diffusion.size_probe RUN [--sizes 16,32,48,64] [--images 120] [--samples 96] [--steps 15]
 
-RUN is a finished run of an adapter whose recipe's data can be read. At each square size, in pixels: the loss on the
-test images, mean and standard error over them; and the kernel distance (Binkowski et al., 2018, KID) between test
-images and samples, on the features of the package's AerialViT at 96 pixels, times 1000, mean and standard deviation
-over 30 subsets of half the samples. The last column is that of as many training images, the floor.
+RUN is a finished run of an adapter whose recipe's data can be read. At each square size, in pixels, for the frozen
+and the adapted model: the denoising loss on the test images; and the kernel distance (Binkowski et al., 2018, KID)
+between test images and samples, on the features of the package's AerialViT at 96 pixels, times 1000. The comparison is
+paired: both models get the same images, noise and timesteps, both sample from the same noise, and both distances are
+taken on the same subsets. "adapted - frozen" is the mean difference: of the loss with its standard error over images,
+of the distance with its standard deviation over 100 random halves, which estimates its standard error (the jackknife
+that leaves out half: Shao and Wu, 1989). Below zero the adapted model is better; a difference less than twice its error
+cannot be told from none. The error is that of the test images and samples, not that of another training. The floor is
+the distance to as many training images.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,9 @@ from modalities.diffusion.buckets import Size
 from shared.errors import RequestError
 from shared.generating import Wanted
 
-TOGETHER, SUBSETS, SIDE = 16, 30, 96
+TOGETHER, HALVES, SIDE = 16, 100, 96
+HEADS = ("size", "loss, frozen", "adapted", "adapted - frozen", "KID, frozen", "adapted", "adapted - frozen", "floor")
+WIDTHS = (10, 14, 10, 22, 14, 14, 18, 0)
 
 
 class Summaries(nn.Module):
@@ -47,34 +52,40 @@ class Summaries(nn.Module):
         return torch.cat([self.backbone(part).summary for part in x.split(TOGETHER)])
 
 
-def distance(features: nn.Module, real: Tensor, made: Tensor) -> tuple[float, float]:
-    """1000 times KID of two sets of images uint8 (N, 3, H, W): mean and deviation over subsets."""
-    from torchmetrics.image.kid import KernelInceptionDistance
+def distances(features: nn.Module, real: Tensor, made: Tensor) -> Tensor:
+    """1000 times KID of two sets of images uint8 (N, 3, H, W), on random halves of both: (100,).
 
-    if min(len(real), len(made)) < 4:
+    Of the larger set as many count as the smaller has. The halves depend on the numbers of images alone, so that two
+    results can be subtracted.
+    """
+    from torchmetrics.image.kid import poly_mmd
+
+    count = min(len(real), len(made))
+    if count < 4:
         raise RequestError(f"{len(real)} real and {len(made)} made images: at least 4 of each make a distance")
-    torch.manual_seed(0)
-    with warnings.catch_warnings(action="ignore"):  # that it keeps the features, which are few
-        metric = KernelInceptionDistance(feature=features, subsets=SUBSETS, subset_size=min(len(real), len(made)) // 2)
-    metric.update(real, real=True)
-    metric.update(made, real=False)
-    mean, spread = metric.compute()
-    return 1000 * float(mean), 1000 * float(spread)
+    generator = torch.Generator().manual_seed(0)
+    sets = [features(images[:count]).double() for images in (real, made)]
+    halves = ([s[torch.randperm(count, generator=generator)[: count // 2]] for s in sets] for _ in range(HALVES))
+    return 1000 * torch.stack([poly_mmd(*pair) for pair in halves])
 
 
 @torch.no_grad()
-def losses(task: Any, batches: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """Mean and standard error, over images, of the denoising loss; noise and steps are the same in every call."""
-    generator, errors = torch.Generator().manual_seed(0), []
+def losses(task: Any, batches: Sequence[dict[str, Any]]) -> Tensor:
+    """The denoising loss of each image (N,), the mean at four timesteps spread over the schedule.
+
+    Noise and timesteps depend on the sizes of the batches alone, so that two results can be subtracted.
+    """
+    generator, found = torch.Generator().manual_seed(0), []
     total = task.schedule.config.num_train_timesteps
     for batch in batches:
         x = task.encode(batch["image"].to(task.device))
+        condition, errors = task.condition(batch, batch["caption"]), []
         for part in range(4):
             noise = torch.randn(x.shape, generator=generator).to(x)
-            steps = ((torch.arange(len(x), device=x.device) + (part + 0.5) / 4) * total / len(x)).long()
-            errors.append(task._errors(x, noise, steps, task.condition(batch, batch["caption"])).cpu())
-    found = torch.cat(errors)
-    return float(found.mean()), float(found.std() / len(found) ** 0.5)
+            steps = ((part + (torch.arange(len(x), device=x.device) + 0.5) / len(x)) * total / 4).long()
+            errors.append(task._errors(x, noise, steps, condition).cpu())
+        found.append(torch.stack(errors).mean(0))
+    return torch.cat(found)
 
 
 def batches(data: Any, split: str, side: int, most: int) -> list[dict[str, Any]]:
@@ -95,23 +106,36 @@ def samples(task: Any, side: int, count: int, steps: int) -> Tensor:
     return torch.cat([torch.from_numpy(group) for group in made.images]).permute(0, 3, 1, 2).contiguous()
 
 
-def measure(task: Any, data: Any, sides: Sequence[int], count: int, steps: int) -> Iterator[list[str]]:
-    """A row of text for each size: losses of the frozen and the adapted model, their distances, and the floor."""
-    features = Summaries()
+def measure(task: Any, data: Any, sides: Sequence[int], images: int, count: int, steps: int) -> Iterator[list[str]]:
+    """A row of text for each size; see the head of this file. Without samples (count 0), only the losses."""
+    features = Summaries() if count else None
+    task.eval()
     for side in sides:
-        test = batches(data, "test", side, count)
-        real = pixels(test)
-        found: list[tuple[tuple[float, float], tuple[float, float]]] = []
-        for strip in (task.model.disabled, nullcontext):
-            with strip():
-                found.append((losses(task, test), distance(features, real, samples(task, side, count, steps))))
-        floor = distance(features, real, pixels(batches(data, "train", side, count)))
-        row = [*(_spread(loss, 4) for loss, _ in found), *(_spread(kid, 1) for _, kid in found), _spread(floor, 1)]
-        yield [f"{side} x {side}", *row]
+        test = batches(data, "test", side, images)
+        adapted = losses(task, test)
+        with task.model.disabled():
+            frozen = losses(task, test)
+        change = adapted - frozen
+        error = float(change.std()) / len(change) ** 0.5
+        row = [
+            f"{side} x {side}",
+            f"{frozen.mean():.4f}",
+            f"{adapted.mean():.4f}",
+            f"{change.mean():+.4f} ± {error:.4f}",
+        ]
+        if features is not None:
+            real = pixels(test)
+            after = distances(features, real, samples(task, side, count, steps))
+            with task.model.disabled():
+                before = distances(features, real, samples(task, side, count, steps))
+            floor = distances(features, real, pixels(batches(data, "train", side, len(real))))
+            row += [f"{d.mean():{sign}.0f} ± {d.std():.0f}"
+                    for d, sign in ((before, ""), (after, ""), (after - before, "+"), (floor, ""))]  # fmt: skip
+        yield row
 
 
-def _spread(found: tuple[float, float], digits: int) -> str:
-    return f"{found[0]:.{digits}f} ± {found[1]:.{digits}f}"
+def _line(cells: Iterable[str]) -> str:
+    return "".join(f"{cell:{width}}" for cell, width in zip(cells, WIDTHS, strict=False)).rstrip()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,19 +145,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("run", type=Path)
     parser.add_argument("--sizes", default="16,32,48,64", help="sides in pixels, with commas between")
-    parser.add_argument("--samples", type=int, default=96, help="images of a size, real and made")
+    parser.add_argument("--images", type=int, default=120, help="test images of a size, at most")
+    parser.add_argument("--samples", type=int, default=96, help="of a size, from each model; 0 leaves the KID out")
     parser.add_argument("--steps", type=int, default=15, help="of the sampler")
     given = parser.parse_args(arguments)
     try:
-        if given.samples < 4 or not all(side.isdigit() and int(side) for side in given.sizes.split(",")):
-            raise RequestError("--samples from 4, --sizes such as 16,32")
+        sides = [int(side) if side.isdigit() else 0 for side in given.sizes.split(",")]
+        if given.images < 4 or (given.samples and given.samples < 4) or min(sides) < 1:
+            raise RequestError("--images from 4, --samples 0 or from 4, --sizes such as 16,32")
         task = run.load(given.run).task
         data = recipe.load(str(given.run / run.RECIPE)).build("data")
-        print(f"{'size':10}{'loss, frozen':20}{'adapted':20}{'KID, frozen':16}{'adapted':16}{'floor':16}")
-        for row in measure(task, data, [int(side) for side in given.sizes.split(",")], given.samples, given.steps):
-            print(
-                "".join(f"{cell:{width}}" for cell, width in zip(row, (10, 20, 20, 16, 16, 16), strict=True)).rstrip()
-            )
+        print(_line(HEADS[: 8 if given.samples else 4]))
+        for row in measure(task, data, sides, given.images, given.samples, given.steps):
+            print(_line(row), flush=True)
     except RequestError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -63,7 +63,10 @@ def test_from_a_base_of_ones_own_to_other_sizes(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition("  ")[0] for line in lines] == ["size", "16 x 16", "24 x 24"]
     assert all(line.count("±") == 5 for line in lines[1:])
-    assert size_probe.main(["sizes", "--sizes", "0"]) == 2
+    assert size_probe.main(["sizes", "--sizes", "16", "--samples", "0"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == lines[1][:56].rstrip()
+    for wrong in (("--sizes", "0"), ("--samples", "3"), ("--images", "3")):
+        assert size_probe.main(["sizes", *wrong]) == 2
 
 
 class Colours(torch.nn.Module):
@@ -78,8 +81,61 @@ class Colours(torch.nn.Module):
 def test_the_distance_tells_what_differs_from_what_does_not():
     generator = torch.Generator().manual_seed(0)
     real, same = torch.randint(0, 256, (2, 24, 3, 8, 8), generator=generator).to(torch.uint8)
-    near, far = size_probe.distance(Colours(), real, same), size_probe.distance(Colours(), real, same // 2)
-    assert abs(near[0]) < 1 < 50 < far[0]
-    assert far == size_probe.distance(Colours(), real, same // 2)
+    near, far = size_probe.distances(Colours(), real, same), size_probe.distances(Colours(), real, same // 2)
+    assert abs(near.mean()) < 1 < 50 < far.mean()
+    assert torch.equal(far, size_probe.distances(Colours(), real, same // 2))
+    assert torch.equal(near, size_probe.distances(Colours(), torch.cat([real, same // 2]), same))  # the first 24 count
     with pytest.raises(RequestError, match="3 real and 24 made images: at least 4 of each"):
-        size_probe.distance(Colours(), real[:3], same)
+        size_probe.distances(Colours(), real[:3], same)
+
+
+def test_its_error_is_that_of_other_images():
+    """The deviation over halves is about that over sets drawn anew, alone and as a difference of two sets."""
+    alone, difference, errors = [], [], []
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randint(0, 256, (2, 40, 3, 2, 2), generator=generator).float()
+        real, made, other = (x.to(torch.uint8) for x in (images[0], images[1] / 2, images[1] / 2.2))
+        one, two = size_probe.distances(Colours(), real, made), size_probe.distances(Colours(), real, other)
+        alone.append(one.mean())
+        difference.append((two - one).mean())
+        errors.append(torch.stack([one.std(), (two - one).std()]))
+    found = torch.stack([torch.stack(alone).std(), torch.stack(difference).std()])
+    ratio = torch.stack(errors).mean(0) / found
+    assert ((ratio > 0.75) & (ratio < 1.33)).all(), ratio
+    assert found[1] < found[0] / 2  # paired, the difference is surer than either
+
+
+class Known:
+    """A task whose prediction is wrong by a known share of the noise: the loss of an image is what the test says."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, share: float, offset: float = 0.0):
+        from modalities.diffusion.denoising import _schedule
+
+        self.share, self.offset, self.schedule, self.seen = share, offset, _schedule(None), []
+
+    def encode(self, image):
+        return image
+
+    def condition(self, batch, captions):
+        return {}
+
+    def _errors(self, x, noise, steps, condition):
+        self.seen.append(steps)
+        return (self.share * noise).square().mean((1, 2, 3)) + x.mean((1, 2, 3)) + self.offset
+
+
+def test_the_losses_are_paired_and_each_image_sees_the_whole_schedule():
+    batches = [{"image": torch.full((n, 3, 8, 8), float(n)), "caption": [""] * n} for n in (4, 2)]
+    first, second = Known(0.5), Known(0.5, offset=-0.01)
+    one, two = size_probe.losses(first, batches), size_probe.losses(second, batches)
+    assert one.shape == (6,)
+    assert one == pytest.approx(torch.tensor([4.25] * 4 + [2.25] * 2), abs=0.05)
+    assert one.std() > 0.5
+    change = two - one
+    assert change == pytest.approx(torch.full((6,), -0.01), abs=1e-6)  # images and noise cancel
+    assert torch.stack(first.seen[:4]).tolist() == [
+        [31, 93, 156, 218], [281, 343, 406, 468], [531, 593, 656, 718], [781, 843, 906, 968]
+    ]  # fmt: skip
