@@ -193,7 +193,12 @@ class CloudAdapter(Method):
         quarter = max(len(blocks) // 4, 1)
         interact = {
             site.key: Interact(
-                site.width, self.width, self.rank, site.prefix, min(j // quarter, self.stages - 1), site.layout == "BHWC"
+                site.width,
+                self.width,
+                self.rank,
+                site.prefix,
+                min(j // quarter, self.stages - 1),
+                site.layout == "BHWC",
             )
             for j, site in enumerate(blocks)
         }

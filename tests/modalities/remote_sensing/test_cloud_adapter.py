@@ -226,7 +226,8 @@ def sam(bands: int = 3, head=None, **more) -> Adapted:
 
 
 @pytest.mark.parametrize(
-    ("size", "total", "per_block"), [("vit_b", 919_113, 59_392), ("vit_l", 1_828_425, 67_584), ("vit_h", 2_631_241, 75_776)]
+    ("size", "total", "per_block"),
+    [("vit_b", 919_113, 59_392), ("vit_l", 1_828_425, 67_584), ("vit_h", 2_631_241, 75_776)],
 )
 def test_counts_on_segment_anything(size, total, per_block) -> None:
     """Of its widths and depths by the published formula: those of DINOv2-B and -L, and 1280 wide with 32 blocks."""
@@ -240,11 +241,12 @@ def test_counts_on_segment_anything(size, total, per_block) -> None:
 
 @torch.no_grad()
 def test_on_segment_anything_each_whole_block_is_followed_by_a_reading_of_the_map() -> None:
-    """Windows are the block's own business: tokens (B, h, w, E) of any grid are read as h * w tokens without a prefix."""
+    """Windows are the block's own business: tokens (B, h, w, E) of any grid are read as h * w without a prefix."""
     model, image = noisy(sam()).eval(), torch.randn(2, 3, 48, 80)
     (cnn, blocks), bare = parts(model), SAMEncoder(3, size="tiny", weights="random")
     cloud, tokens = cnn(image), bare.embed(image).tokens
-    assert cloud.shape == (2, 6, 6, 10) and tokens.shape == (2, 6, 10, 32)
+    assert cloud.shape == (2, 6, 6, 10)
+    assert tokens.shape == (2, 6, 10, 32)
     ours = model(image).maps
     for block, adapter, found in zip(bare.blocks, blocks, ours, strict=True):
         tokens = block(tokens)

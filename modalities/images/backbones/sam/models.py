@@ -163,7 +163,7 @@ class SAMEncoder(TokenBackbone):
     """The image encoder of Segment Anything alone, for heads of dense prediction, at ``self.encoder``.
 
     Its maps are the tokens (B, width, h, w) after the blocks ``depths`` and, last, the embedding (B, C, h, w) of the
-    ``neck``; the summary is the mean of that. Tokens have the layout (B, h, w, width). Images of any size as in ``SAM``.
+    neck; the summary is the mean of that. Tokens have the layout (B, h, w, width). Images of any size as in ``SAM``.
 
     bands: channels of the image, normalised.
     """
