@@ -11,6 +11,7 @@ from modalities.remote_sensing.data.search import rasters_below
 from shared.errors import RequestError
 
 SPLITS = {"train": "train", "validation": "val", "test": "test"}
+SCENE = r"^(?:.*?_(?=L[COTEM]\d\d_))?(?P<scene>.+)$"  # the Landsat scene that a patch's name ends with, or all of it
 # Of red, green and blue in 0 to 255, as the backbones were pretrained.
 RGB: Mapping[str, Sequence[float]] = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
 
@@ -122,7 +123,7 @@ class Cloud38(FolderScenes):
         super().__init__(
             images=folder, masks=folder, classes=self.classes, label_values=["0-127", "128-255"], bands=bands,
             band_files={band: f"{band}_*" for band in ("red", "green", "blue", "nir")}, mask_files="gt_*", fill=0,
-            tile=tile, overlap=overlap, group=r"(?P<scene>L[COTEM]\d\d_.+|[^/]+)$", validation=validation, test=test,
+            tile=tile, overlap=overlap, group=SCENE, validation=validation, test=test,
             normalisation=normalisation, batch_size=batch_size, workers=workers, seed=seed, augment=augment,
         )  # fmt: skip
 
