@@ -66,6 +66,7 @@ class Opener:
         from modalities.remote_sensing.data import read_header, read_image
 
         feed = self._feed
+        feed.check_files(str(file), 1)
         header = read_header(file, layout=feed.layout)
         numbers = feed.numbers(header, self._bands)
         raster = read_image(file, bands=numbers, layout=feed.layout, fill=feed.fill)

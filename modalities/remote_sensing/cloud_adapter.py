@@ -122,14 +122,22 @@ class Perceive(Adapter):
 
 
 class Interact(Adapter):
-    """After a block: patch tokens (B, prefix + h*w, E) read the side network's map; prefix tokens pass unchanged."""
+    """After a block: patch tokens (B, prefix + h*w, E) read the side network's map; prefix tokens pass unchanged.
 
-    def __init__(self, width: int, context: int, rank: int | None, prefix: int, stage: int):
+    gridded: the tokens come as (B, h, w, E), without a prefix, and leave so.
+    """
+
+    def __init__(self, width: int, context: int, rank: int | None, prefix: int, stage: int, gridded: bool = False):
         super().__init__()
         self.attn, self.prefix, self.stage = CrossAttention(width, context, rank), prefix, stage
+        self.gridded = gridded
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.read(base(*args, **kwargs), self.context.cloud_maps, self.context.grid)
+        tokens, maps = base(*args, **kwargs), self.context.cloud_maps
+        if not self.gridded:
+            return self.read(tokens, maps, self.context.grid)
+        grid = (tokens.shape[1], tokens.shape[2])
+        return self.read(tokens.flatten(1, 2), maps, grid).unflatten(1, grid)
 
     def read(self, tokens: Tensor, maps: Tensor | list[Tensor], grid: tuple[int, int]) -> Tensor:
         """Tokens after the cross-attention to the stage's map, resized to the token grid (h, w)."""
@@ -172,9 +180,9 @@ class CloudAdapter(Method):
 
     def sites(self, sites: Sites) -> Sites:
         blocks = sites.select("block", self.depth)
-        if other := [site for site in blocks if site.layout != "BNC"]:
+        if other := [site for site in blocks if site.layout not in ("BNC", "BHWC")]:
             raise RequestError(
-                f"CloudAdapter acts on tokens (BNC); {other[0].key} of {sites.owner} has {other[0].layout}"
+                f"CloudAdapter acts on tokens (BNC or BHWC); {other[0].key} of {sites.owner} has {other[0].layout}"
             )
         return sites.select("model") + blocks
 
@@ -184,7 +192,14 @@ class CloudAdapter(Method):
         # The official rule is block // (blocks // 4); a last incomplete quarter reads the last stage.
         quarter = max(len(blocks) // 4, 1)
         interact = {
-            site.key: Interact(site.width, self.width, self.rank, site.prefix, min(j // quarter, self.stages - 1))
+            site.key: Interact(
+                site.width,
+                self.width,
+                self.rank,
+                site.prefix,
+                min(j // quarter, self.stages - 1),
+                site.layout == "BHWC",
+            )
             for j, site in enumerate(blocks)
         }
         return {whole.key: Perceive(cnn), **interact}

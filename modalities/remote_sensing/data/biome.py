@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from modalities.remote_sensing.data.folders import FolderScenes, FolderSource, Labels
+from modalities.remote_sensing.data.folders import FolderScenes, FolderSource
+from modalities.remote_sensing.data.masks import Labels
 from modalities.remote_sensing.data.splits import deal_scenes, scene_of
 from shared.errors import RequestError
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from modalities.remote_sensing.data.rasters import Header, Window, read_header, read_image, read_mask
+from modalities.remote_sensing.data.band_files import gather, open_stack, read_stack_header
+from modalities.remote_sensing.data.masks import Labels, read_mask
+from modalities.remote_sensing.data.rasters import Header, Window, read_header, read_image
 from modalities.remote_sensing.data.scenes import Scenes
 from modalities.remote_sensing.data.search import rasters_below
 from modalities.remote_sensing.data.splits import scene_of, split_scenes
@@ -20,9 +23,12 @@ class FolderScenes(Scenes):
 
     images, masks: folders, searched with their subfolders.
     classes: names, in the order of the class index.
-    label_values: for each class the value, or values, that mask files hold for it (0, 1, 2 ... if not given).
-    ignore_value: value or values of mask files that stand for no label.
-    threshold: for masks in grey with soft edges, of two classes: values above it are the second class.
+    label_values: for each class what mask files hold for it: a value, a range "128-255", a colour "#ff0000" (of RGB or
+        palette pictures), or a list of such (0, 1, 2 ... if not given).
+    ignore_value: what of mask files stands for no label, stated in the same way.
+    band_files: where every band is a file of its own, for each band how the name of its files is, with ``*`` for the
+        scene: ``{red: "red_*", nir: "nir_*"}`` (see ``band_files.gather``). They give ``band_names``.
+    mask_files: the same for masks, which may then lie in the folder of the images: ``"gt_*"``.
     bands: which bands, by name or by number from 1, in the order wanted (all if not given).
     band_names: names of all bands of a file, in its order (as the files describe them if not given).
     layout: "HWC" or "CHW" of .npy files, where their shape leaves it open.
@@ -48,11 +54,12 @@ class FolderScenes(Scenes):
         images: str | Path,
         masks: str | Path,
         classes: Sequence[str],
-        label_values: Sequence[int | Sequence[int]] | None = None,
-        ignore_value: int | Sequence[int] | None = None,
-        threshold: int | None = None,
+        label_values: Sequence[int | str | Sequence[int | str]] | None = None,
+        ignore_value: int | str | Sequence[int | str] | None = None,
         bands: Sequence[int | str] | None = None,
         band_names: Sequence[str] | None = None,
+        band_files: Mapping[str, str] | None = None,
+        mask_files: str | None = None,
         layout: str | None = None,
         fill: float | None = None,
         tile: int | None = None,
@@ -66,8 +73,11 @@ class FolderScenes(Scenes):
         seed: int = 0,
         augment: bool = True,
     ):
-        labels = Labels(classes, label_values, ignore_value, threshold)
-        source = FolderSource(images, masks, labels, bands=bands, band_names=band_names, layout=layout, fill=fill)
+        labels = Labels(classes, label_values, ignore_value)
+        source = FolderSource(
+            images, masks, labels, bands=bands, band_names=band_names, band_files=band_files, mask_files=mask_files,
+            layout=layout, fill=fill,
+        )  # fmt: skip
         scene_names = [scene_of(name, group) for name in source.names]
         super().__init__(
             source,
@@ -84,45 +94,6 @@ class FolderScenes(Scenes):
         )
 
 
-class Labels:
-    """From the values of mask files to class indices: value by value, or by a threshold between two classes."""
-
-    def __init__(
-        self,
-        classes: Sequence[str],
-        values: Sequence[int | Sequence[int]] | None = None,
-        ignore: int | Sequence[int] | None = None,
-        threshold: int | None = None,
-    ):
-        self._threshold, self._ignored = threshold, _listed(ignore)
-        if threshold is not None:
-            if len(classes) != 2 or values is not None:
-                raise RequestError(f"threshold {threshold}: it parts two classes, and takes the place of label_values")
-            return
-        values = range(len(classes)) if values is None else values
-        if len(values) != len(classes):
-            raise RequestError(f"label_values: {len(values)} for {len(classes)} classes; give one entry for each class")
-        entries = [(value, index) for index, own in enumerate(values) for value in _listed(own)]
-        entries += [(value, IGNORE) for value in _listed(ignore)]
-        known = dict(sorted(entries))
-        if len(known) < len(entries):
-            raise RequestError(
-                f"label_values {list(values)} and ignore_value {ignore}: a value stands for one class only"
-            )
-        self._values, self._classes = np.array(list(known)), np.array(list(known.values()))
-
-    def index(self, path: Path | str, stored: np.ndarray, valid: np.ndarray) -> np.ndarray:
-        """Values as stored (H, W) to class indices, IGNORE where not ``valid``; any other value raises RequestError."""
-        if self._threshold is not None:
-            return np.where(valid & ~np.isin(stored, self._ignored), stored > self._threshold, IGNORE)
-        place = np.searchsorted(self._values, stored).clip(max=len(self._values) - 1)
-        strange = valid & (self._values[place] != stored)
-        if strange.any():
-            found, known = np.unique(stored[strange])[:5].tolist(), self._values.tolist()
-            raise RequestError(f"{path}: values {found} stand for no class; label_values and ignore_value have {known}")
-        return np.where(valid, self._classes[place], IGNORE)
-
-
 class FolderSource:
     """The paired files as a ``Source``; a read opens its files anew, so nothing is held and workers share nothing."""
 
@@ -134,18 +105,26 @@ class FolderSource:
         *,
         bands: Sequence[int | str] | None = None,
         band_names: Sequence[str] | None = None,
+        band_files: Mapping[str, str] | None = None,
+        mask_files: str | None = None,
         layout: str | None = None,
         fill: float | None = None,
     ):
-        self._labels = labels
-        pairs = _pairs(Path(images), Path(masks))
+        if band_files is not None and band_names is not None:
+            raise RequestError("band_names and band_files: give one, the files of bands name them")
+        self._labels, self._stacked = labels, band_files is not None
+        pairs = _pairs(
+            _scenes(Path(images), band_files), _scenes(Path(masks), {"mask": mask_files} if mask_files else None)
+        )
         self.names = list(pairs)
-        self._images, self._masks = ([pair[side] for pair in pairs.values()] for side in (0, 1))
-        headers = [read_header(path, layout=layout) for path in self._images]
+        self._images, self._masks = [image for image, _ in pairs.values()], [mask for _, (mask,) in pairs.values()]
+        own = None if band_files is None else tuple(band_files)
+        headers = [read_stack_header(f, own, layout) if own else read_header(f[0], layout=layout) for f in self._images]
         self.sizes = [(header.height, header.width) for header in headers]
-        numbers, self.band_names = _chosen(headers[0], bands, band_names)
+        numbers, self.band_names = _chosen(headers[0], bands, own or band_names)
         self.file_bands = headers[0].band_names
-        self.reading = {"bands": numbers, "layout": layout, "fill": fill}
+        self.reading: dict[str, Any] = {"bands": numbers, "layout": layout, "fill": fill}
+        self.reading |= {} if band_files is None else {"band_files": dict(band_files)}
         for header, mask in zip(headers, self._masks, strict=True):
             if header.bands != headers[0].bands:
                 raise RequestError(
@@ -154,34 +133,42 @@ class FolderSource:
             _same_place(header, read_header(mask))
 
     def read(self, index: int, window: Window) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        image, valid, _ = read_image(self._images[index], window=window, **self.reading)
+        files, reading = self._images[index], {k: v for k, v in self.reading.items() if k != "band_files"}
+        if self._stacked:
+            with open_stack(files, **reading) as stack:
+                image, valid, _ = stack.read(window)
+        else:
+            image, valid, _ = read_image(files[0], window=window, **reading)
         return image, valid, np.where(valid, self.labels(index, window), IGNORE)
 
     def labels(self, index: int, window: Window | None = None) -> np.ndarray:
         """The mask alone, int64 (H, W)."""
-        mask = read_mask(self._masks[index], window=window)
+        mask = read_mask(self._masks[index], window=window, colours=self._labels.colours)
         return self._labels.index(self._masks[index], mask.labels, mask.valid)
 
 
-def _listed(values: int | Sequence[int] | None) -> list[int]:
-    if values is None:
-        return []
-    return [values] if isinstance(values, int) else list(values)
+def _scenes(folder: Path, patterns: Mapping[str, str] | None) -> tuple[Path, dict[str, tuple[Path, ...]]]:
+    """A folder, and the files of each scene in it by name."""
+    if patterns:
+        return folder, gather(folder, patterns)
+    return folder, {name: (path,) for name, path in _files(folder).items()}
 
 
-def _pairs(images: Path, masks: Path) -> dict[str, tuple[Path, Path]]:
-    """{path below the folder without suffix: (image, mask)}, in the order of names."""
-    if images.resolve() == masks.resolve():
+def _pairs(
+    left: tuple[Path, dict[str, tuple[Path, ...]]], right: tuple[Path, dict[str, tuple[Path, ...]]]
+) -> dict[str, tuple[tuple[Path, ...], tuple[Path, ...]]]:
+    """{scene: (files of the image, that of the mask)}, in the order of names."""
+    (images, ours), (masks, theirs) = left, right
+    if ours == theirs:
         raise RequestError(f"images and masks are the same folder, {images}")
-    left, right = _files(images), _files(masks)
     for have, lack, what, other, folder in (
-        (left, right, "image", "mask", masks),
-        (right, left, "mask", "image", images),
+        (ours, theirs, "image", "mask", masks),
+        (theirs, ours, "mask", "image", images),
     ):
         if alone := sorted(set(have) - set(lack)):
             more = f" (and {len(alone) - 1} more)" if len(alone) > 1 else ""
-            raise RequestError(f"{what} {have[alone[0]]}{more} has no {other}: {folder / alone[0]}.* is missing")
-    return {name: (left[name], right[name]) for name in sorted(left)}
+            raise RequestError(f"{what} {have[alone[0]][0]}{more} has no {other}: {folder / alone[0]}.* is missing")
+    return {name: (ours[name], theirs[name]) for name in sorted(ours)}
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from modalities.remote_sensing.data.folders import Labels, _chosen, _files, _same_place
-from modalities.remote_sensing.data.rasters import Header, Image, Raster, Window, open_image, read_header, read_mask
+from modalities.remote_sensing.data.folders import _chosen, _files, _same_place
+from modalities.remote_sensing.data.masks import Labels, read_mask
+from modalities.remote_sensing.data.rasters import Header, Image, Raster, Window, open_image, read_header
 from modalities.remote_sensing.data.samples import Tiles
 from modalities.remote_sensing.data.scenes import Scenes
 from modalities.remote_sensing.data.splits import scene_of, split_scenes
@@ -169,8 +170,8 @@ class FolderPairs(Pairs):
         before: str = "A",
         after: str = "B",
         label: str = "label",
-        label_values: Sequence[int | Sequence[int]] = (0, (1, 255)),
-        ignore_value: int | Sequence[int] | None = None,
+        label_values: Sequence[int | str | Sequence[int | str]] = (0, (1, 255)),
+        ignore_value: int | str | Sequence[int | str] | None = None,
         bands: Sequence[int | str] | None = None,
         band_names: Sequence[str] | None = None,
         layout: str | None = None,
@@ -236,7 +237,7 @@ class PairSource:
         before, after, path = self._files[index]
         with open_pair(before, after, **self.reading, reproject=self._reproject) as pair:
             image, valid, _ = pair.read(window)
-        mask = read_mask(path, window=window)
+        mask = read_mask(path, window=window, colours=self._labels.colours)
         return image, valid, np.where(valid, self._labels.index(path, mask.labels, mask.valid), IGNORE)
 
 

@@ -73,16 +73,9 @@ class Raster(NamedTuple):
     georeference: Georeference | None
 
 
-class Mask(NamedTuple):
-    """labels: int64 (H, W), the values as stored.  valid: bool (H, W), False where the file declares no data."""
-
-    labels: np.ndarray
-    valid: np.ndarray
-
-
 def read_header(path: str | Path, *, layout: str | None = None) -> Header:
     """The size, bands and georeference of a raster file. ``layout``: "HWC" or "CHW", for .npy. Raises RequestError."""
-    with _opened(Path(path), layout) as (header, _):
+    with opened(Path(path), layout) as (header, _):
         return header
 
 
@@ -96,8 +89,8 @@ class Image(NamedTuple):
 
     def read(self, window: Window | None = None) -> Raster:
         """A window, or all, as ``read_image`` gives it; it may hold no valid pixel."""
-        where = _inside(self.header, window)
-        stored, declared = _read(self.source, self.numbers, where, self.header.alpha)
+        where = inside(self.header, window)
+        stored, declared = read_stored(self.source, self.numbers, where, self.header.alpha)
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, hence invalid
             image = np.array(stored, dtype=np.float32, order="C")
         valid = declared & np.isfinite(image).all(0)
@@ -132,7 +125,7 @@ def open_image(
     fill: float | None = None,
 ) -> Iterator[Image]:
     """A raster held open for reading many windows; arguments and errors are those of ``read_image``."""
-    with _opened(Path(path), layout) as (header, source):
+    with opened(Path(path), layout) as (header, source):
         numbers = list(bands) if bands else header.data_bands
         if missing := [n for n in numbers if not 1 <= n <= header.bands]:
             raise RequestError(f"{path}: no band {missing[0]}; it has bands 1 to {header.bands}")
@@ -160,25 +153,6 @@ def read_image(
     if not raster.valid.any() and raster.valid.shape == (image.header.height, image.header.width):
         raise RequestError(f"{path}: no valid pixel (all NaN, nodata or transparent); leave the file out or mend it")
     return raster
-
-
-def read_mask(path: str | Path, *, window: Window | None = None) -> Mask:
-    """A label raster with one band of whole numbers (an alpha band, declared nodata and NaN mark invalid pixels).
-
-    Raises RequestError where the file cannot be decoded, has several bands, or holds a fraction or infinity.
-    """
-    with _opened(Path(path), None) as (header, source):
-        if len(header.data_bands) != 1:
-            raise RequestError(f"{path}: a mask has one band of class values, this file has {len(header.data_bands)}")
-        stored, declared = _read(source, header.data_bands, _inside(header, window), header.alpha)
-    valid = declared & ~np.isnan(stored[0])
-    values = np.where(valid, stored[0], 0)
-    if np.isinf(values).any():
-        raise RequestError(f"{path}: a mask holds whole class values, this file holds infinity")
-    labels = values.astype(np.int64)
-    if (labels != values).any():
-        raise RequestError(f"{path}: a mask holds whole class values, this file holds {values[labels != values][0]:g}")
-    return Mask(labels, valid)
 
 
 def write_raster(
@@ -212,7 +186,7 @@ def write_raster(
 
 
 @contextmanager
-def _opened(path: Path, layout: str | None = None) -> Iterator[tuple[Header, Any]]:
+def opened(path: Path, layout: str | None = None) -> Iterator[tuple[Header, Any]]:
     """A file's header with an open rasterio dataset, or with a (bands, H, W) array where it is .npy.
 
     Whatever fails in opening or decoding becomes a RequestError that names the file.
@@ -285,7 +259,7 @@ def _numbered(bands: int) -> tuple[str, ...]:
     return tuple(f"band {number}" for number in range(1, bands + 1))
 
 
-def _read(source: Any, numbers: Sequence[int], where: Window, alpha: int | None) -> tuple[np.ndarray, np.ndarray]:
+def read_stored(source: Any, numbers: Sequence[int], where: Window, alpha: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Bands as stored (n, H, W), and what the file itself says of validity (H, W): nodata, alpha, mask band."""
     rows, columns = slice(where.row, where.row + where.height), slice(where.column, where.column + where.width)
     if isinstance(source, np.ndarray):
@@ -312,7 +286,7 @@ def _reason(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _inside(header: Header, window: Window | None) -> Window:
+def inside(header: Header, window: Window | None) -> Window:
     window = window or Window(0, 0, header.height, header.width)
     bottom, right = window.row + window.height, window.column + window.width
     if min(window) < 0 or not window.height or not window.width or bottom > header.height or right > header.width:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Subset
 
 from modalities.remote_sensing.data.composites import shown
-from modalities.remote_sensing.data.folders import Labels, choose
+from modalities.remote_sensing.data.folders import choose
+from modalities.remote_sensing.data.masks import Labels
 from modalities.remote_sensing.data.splits import SPLITS, split_scenes
 from modalities.remote_sensing.data.statistics import IGNORE, Moments, Normalisation, Survey, given, measured
 from modalities.remote_sensing.data.torchgeo_naming import build_dataset, build_sampler, installed

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from modalities.remote_sensing.data.folders import Labels
+from modalities.remote_sensing.data.masks import Labels
 from modalities.remote_sensing.data.samples import turned
 from modalities.remote_sensing.data.statistics import Normalisation
 from shared.errors import RequestError

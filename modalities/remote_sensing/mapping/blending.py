@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modalities.remote_sensing.data.band_files import Stack
 from modalities.remote_sensing.data.pairs import Pair
 from modalities.remote_sensing.data.rasters import Image, Window
 from modalities.remote_sensing.data.statistics import Normalisation
@@ -36,7 +37,8 @@ class Blender:
     """
 
     def __init__(
-        self, scores: Scores, image: Image | Pair, normalisation: Normalisation, grid: Grid, classes: int, batch: int
+        self, scores: Scores, image: Image | Pair | Stack, normalisation: Normalisation, grid: Grid, classes: int,
+        batch: int,
     ):  # fmt: skip
         self.scores, self.image, self.normalisation = scores, image, normalisation
         self.grid, self.classes, self.batch = grid, classes, batch

@@ -18,6 +18,8 @@ class Feed:
     classes: names, by index.  bands: numbers, from 1, of the bands of a training file, in the order of the model's.
     file_bands: names of all bands of a training file.  layout, fill: as ``read_image`` takes them.
     window: pixels along a side of what the model was trained on.
+    band_files: pairs of a band and the pattern of its files where each is a file of its own (see
+        ``data.band_files.gather``); None where a file holds them all.
     """
 
     classes: tuple[str, ...]
@@ -27,6 +29,7 @@ class Feed:
     fill: float | None
     normalisation: Normalisation
     window: int
+    band_files: tuple[tuple[str, str], ...] | None = None
 
     @classmethod
     def of(cls, described: Mapping[str, Any]) -> Feed:
@@ -41,9 +44,22 @@ class Feed:
                 fill=reading.get("fill"),
                 normalisation=Normalisation(tuple(scale["mean"]), tuple(scale["std"])),
                 window=described["window"],
+                band_files=tuple(reading["band_files"].items()) if "band_files" in reading else None,
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise RequestError(f"the adapter file does not say how rasters are read: data lack {error}") from error
+
+    def check_files(self, source: str, count: int) -> None:
+        """Raises RequestError where a scene does not come as as many files as the model was trained on.
+
+        source: what the user named.  count: the files of the scene.
+        """
+        if self.band_files is None and count > 1:
+            raise RequestError(f"{source}: the model reads all bands from one file, not from {count}")
+        if self.band_files is not None and count != len(self.band_files):
+            patterns = ", ".join(f"{pattern} ({band})" for band, pattern in self.band_files)
+            what = f"every band from a file of its own: {patterns}; name the folder that holds them"
+            raise RequestError(f"{source}: the model reads {what}")
 
     def numbers(self, header: Header, given: Sequence[int] | None = None) -> list[int]:
         """The bands of a file, by number, in the order of the model's.

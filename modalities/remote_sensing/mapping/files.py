@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from modalities.remote_sensing.data.band_files import gather
 from modalities.remote_sensing.data.rasters import read_header
 from modalities.remote_sensing.data.search import rasters_below
 from modalities.remote_sensing.mapping.blending import Scores
@@ -22,6 +23,7 @@ def map_files(
     after: Path | None = None, **options: Any,
 ) -> list[Mapped]:  # fmt: skip
     """Map every raster of ``inputs`` (files, and folders as ``rasters_below`` searches them) and say what each became.
+    For a model trained on band files the inputs are folders, searched for the files of each scene.
 
     output: a file, for one raster; else a folder, which is made where it is missing and repeats the folders of the
     inputs.  kind: the ``output`` of ``map_raster`` ("polygons" where ``output`` is a .geojson, else "classes").
@@ -32,15 +34,19 @@ def map_files(
     what ``map_raster`` does; of several, the others are mapped, and a WorkError in the end names those that failed.
     """
     kind = kind or ("polygons" if output.suffix.lower() in SUFFIXES["polygons"] else "classes")
-    pairs = targets(inputs, output, kind)
-    later = {} if after is None else second_dates(inputs[0], after, [source for source, _ in pairs])
+    if feed.band_files is None:
+        pairs = [((source,), target) for source, target in targets(inputs, output, kind)]
+    else:
+        pairs = stacks(inputs, output, kind, feed)
+    later = {} if after is None else second_dates(inputs[0], after, [source for (source, *_), _ in pairs])
     done, failed = [], []
     with _progress(len(pairs)) as track:
-        for source, target in pairs:
+        for files, target in pairs:
+            source = files[0]
             try:
                 second = later.get(source)
                 found = map_raster(
-                    scores, source, target, feed, output=kind, tick=track(source), after=second, **options
+                    scores, files, target, feed, output=kind, tick=track(source), after=second, **options
                 )
             except (RequestError, WorkError) as error:
                 if len(pairs) == 1:
@@ -72,6 +78,23 @@ def targets(inputs: Sequence[Path], output: Path, kind: str) -> list[tuple[Path,
         if target.exists() and any(target.samefile(source) for source in found.values()):
             raise RequestError(f"{target}: a result would overwrite an input; choose another folder")
     return [(source, target) for target, source in found.items()]
+
+
+def stacks(inputs: Sequence[Path], output: Path, kind: str, feed: Feed) -> list[tuple[tuple[Path, ...], Path]]:
+    """The files of each scene below the folders ``inputs`` with the file to write, named after the scene."""
+    if kind not in SUFFIXES:
+        raise RequestError(f"output {kind!r}: use {', '.join(SUFFIXES)}")
+    if output.suffix.lower() in (*SUFFIXES["classes"], *SUFFIXES["polygons"]) or output.is_file():
+        raise RequestError(f"{output}: scenes of band files are written to a folder; name one")
+    found: dict[Path, tuple[Path, ...]] = {}
+    for folder in inputs:
+        if folder.is_file():
+            feed.check_files(str(folder), 1)
+        for name, files in gather(folder, dict(feed.band_files or ())).items():
+            target = output / f"{name}{SUFFIXES[kind][0]}"
+            if found.setdefault(target, files) != files:
+                raise RequestError(f"{found[target][0]} and {files[0]} would both become {target}; map them one by one")
+    return [(files, target) for target, files in found.items()]
 
 
 def second_dates(before: Path, after: Path, sources: Sequence[Path]) -> dict[Path, Path]:

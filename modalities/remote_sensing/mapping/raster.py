@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from modalities.remote_sensing.data.band_files import Stack, open_stack, read_stack_header
 from modalities.remote_sensing.data.pairs import Pair, check_grid, of_two_dates, open_pair
 from modalities.remote_sensing.data.rasters import Header, Image, check_name, open_image, quiet, read_header
 from modalities.remote_sensing.data.statistics import IGNORE
@@ -49,7 +50,7 @@ class Mapped(NamedTuple):
 
 def map_raster(
     scores: Scores,
-    source: str | Path,
+    source: str | Path | Sequence[Path],
     target: str | Path,
     feed: Feed,
     *,
@@ -66,6 +67,7 @@ def map_raster(
 ) -> Mapped:
     """Predict every pixel of ``source`` and write ``target``, whole or not at all.
 
+    source: a raster; for a model that was trained on band files, those of one scene in the order of its patterns.
     scores: normalised float32 images (B, bands, window, window) to class scores, at least 0, (B, classes, window,
         window).
     output: "classes" (GeoTIFF, uint8, 255 without data), "probabilities" (GeoTIFF, float32, NaN without data; blended
@@ -87,7 +89,9 @@ def map_raster(
     WorkError where the model's scores are not finite or the disk is full.
     """
     second = None if after is None else _Second(Path(after), reproject)
-    job = _job(Path(source), Path(target), feed, output, window, overlap, batch, bands, identity, second)
+    files = (Path(source),) if isinstance(source, (str, Path)) else tuple(source)
+    feed.check_files(str(files[0]), len(files))
+    job = _job(files, Path(target), feed, output, window, overlap, batch, bands, identity, second)
     if job.target.exists() and not overwrite:
         if (polygons if output == "polygons" else geotiff).read_digest(job.target) != job.digest:
             raise RequestError(f"{target} exists and is another prediction or none; rename it, or ask to overwrite it")
@@ -105,8 +109,10 @@ class _Second(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """What is to be done. numbers: of the bands to read.  settings: all that the result follows from."""
+    """What is to be done. files: the raster, or one for each band.  numbers: of the bands to read.  settings: all that
+    the result follows from."""
 
+    files: tuple[Path, ...]
     header: Header
     target: Path
     output: str
@@ -121,19 +127,22 @@ class _Job(NamedTuple):
 
 
 def _job(
-    source: Path, target: Path, feed: Feed, output: str, window: int | None, overlap: int | None, batch: int,
+    files: tuple[Path, ...], target: Path, feed: Feed, output: str, window: int | None, overlap: int | None, batch: int,
     bands: Sequence[int] | None, identity: Mapping[str, Any] | None, second: _Second | None,
 ) -> _Job:  # fmt: skip
     if batch < 1:
         raise RequestError(f"batch {batch}: at least 1 window")
-    header = read_header(source, layout=feed.layout)
-    _check(header, target, output)
+    if feed.band_files is None:
+        header = read_header(files[0], layout=feed.layout)
+    else:
+        header = read_stack_header(files, [band for band, _ in feed.band_files], feed.layout)
+    _check(files, header, target, output)
     numbers = feed.numbers(header, bands)
     window = feed.window if window is None else window
     windows = grid(header.height, header.width, window, overlap, BUFFER // (4 * len(feed.classes)))
     settings = {
         "format": 1,
-        "source": _state(source),
+        "source": [fact for file in files for fact in _state(file)],
         "feed": asdict(feed),
         "bands": numbers,
         "output": "probabilities" if output == "probabilities" else "classes",
@@ -143,7 +152,7 @@ def _job(
     if second is not None:
         second = _second(second, header, target, feed, bands)
         settings["after"] = [*_state(second.path), *second.numbers, second.reproject]
-    return _Job(header, target, output, numbers, windows, settings, second)
+    return _Job(files, header, target, output, numbers, windows, settings, second)
 
 
 def _second(
@@ -193,7 +202,7 @@ def _append(strips: Strips, blended: Generator[Strip, None, None], made: Callabl
             last.result()
 
 
-def _check(header: Header, target: Path, output: str) -> None:
+def _check(files: Sequence[Path], header: Header, target: Path, output: str) -> None:
     """Raises RequestError for a target that cannot be this output of this source."""
     if output not in SUFFIXES:
         raise RequestError(f"output {output!r}: use {', '.join(SUFFIXES)}")
@@ -202,7 +211,7 @@ def _check(header: Header, target: Path, output: str) -> None:
     check_name(target)
     if target.is_dir():
         raise RequestError(f"{target}: a folder; name a file in it")
-    if target.exists() and target.samefile(header.path):
+    if target.exists() and any(target.samefile(file) for file in files):
         raise RequestError(f"{target}: the result would overwrite its own input")
     if output == "polygons" and not has_crs(header):
         raise RequestError(
@@ -217,14 +226,16 @@ def has_crs(header: Header) -> bool:
 
 
 @contextmanager
-def _opened(job: _Job, feed: Feed) -> Iterator[Image | Pair]:
+def _opened(job: _Job, feed: Feed) -> Iterator[Image | Pair | Stack]:
     with quiet() as rasterio, rasterio.Env(GDAL_CACHEMAX=CACHE), _reading(job, feed) as image:
         yield image
 
 
-def _reading(job: _Job, feed: Feed) -> AbstractContextManager[Image | Pair]:
-    source, second = job.header.path, job.second
+def _reading(job: _Job, feed: Feed) -> AbstractContextManager[Image | Pair | Stack]:
+    (source, *_), second = job.files, job.second
     reading: dict[str, Any] = {"bands": job.numbers, "layout": feed.layout, "fill": feed.fill}
+    if feed.band_files is not None:
+        return open_stack(job.files, **reading)
     if second is None:
         return open_image(source, **reading)
     return open_pair(source, second.path, after_bands=second.numbers, reproject=second.reproject, **reading)

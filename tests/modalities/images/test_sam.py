@@ -260,6 +260,12 @@ def test_the_encoder_alone_gives_maps() -> None:
     assert chosen.depths == (0, 3)
     with pytest.raises(RequestError, match="blocks 0 to 3"):
         SAMEncoder(4, size="tiny", weights="random", depths=[4])
+    bare = SAMEncoder(4, size="tiny", weights="random", neck=False)
+    assert bare.channels == (32, 32)
+    assert all(torch.equal(a, b) for a, b in zip(bare(picture).maps, backbone(picture).maps[:2], strict=True))
+    assert torch.equal(bare(picture).summary, backbone(picture).summary)
+    with pytest.raises(RequestError, match="no map is left: name a block in depths, or keep the neck"):
+        SAMEncoder(4, size="tiny", weights="random", depths=[], neck=False)
 
 
 @torch.no_grad()

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modalities.images.backbones import SAMEncoder, TimmViT
+from modalities.images.backbones import SAMEncoder, TimmResNet, TimmViT
 from modalities.remote_sensing.cloud_adapter import CloudAdapter, Interact, SpatialPerception, load_official
+from modalities.remote_sensing.heads import LightDecoder
 from shared import RequestError, adapt, store, trainable
 from shared.adapted import Adapted
 
@@ -215,5 +216,86 @@ def test_impossible_settings(bad) -> None:
 
 
 def test_blocks_of_maps_are_refused_in_words() -> None:
-    with pytest.raises(RequestError, match=r"CloudAdapter acts on tokens \(BNC\); .* has BHWC"):
-        adapt(SAMEncoder(3, size="tiny", weights="random"), CloudAdapter())
+    with pytest.raises(RequestError, match=r"CloudAdapter acts on tokens \(BNC or BHWC\); .* has BCHW"):
+        adapt(TimmResNet(3, name="resnet18", weights="random"), CloudAdapter())
+
+
+def sam(bands: int = 3, head=None, **more) -> Adapted:
+    settings = {"size": "tiny", "weights": "random", "depths": [0, 1, 2, 3], "neck": False} | more
+    return adapt(SAMEncoder(bands, **settings), CloudAdapter(width=6, stages=3, rank=3), head=head)
+
+
+@pytest.mark.parametrize(
+    ("size", "total", "per_block"),
+    [("vit_b", 919_113, 59_392), ("vit_l", 1_828_425, 67_584), ("vit_h", 2_631_241, 75_776)],
+)
+def test_counts_on_segment_anything(size, total, per_block) -> None:
+    """Of its widths and depths by the published formula: those of DINOv2-B and -L, and 1280 wide with 32 blocks."""
+    with torch.device("meta"):
+        model = adapt(SAMEncoder(3, size=size, image_size=512, neck=False), CloudAdapter())
+    cnn, blocks = parts(model)
+    assert model.count()["adapter"] == total == sum(p.numel() for p in cnn.parameters()) + len(blocks) * per_block
+    assert {sum(p.numel() for p in block.parameters()) for block in blocks} == {per_block}
+    assert len(model.backbone.channels) == 4
+
+
+@torch.no_grad()
+def test_on_segment_anything_each_whole_block_is_followed_by_a_reading_of_the_map() -> None:
+    """Windows are the block's own business: tokens (B, h, w, E) of any grid are read as h * w without a prefix."""
+    model, image = noisy(sam()).eval(), torch.randn(2, 3, 48, 80)
+    (cnn, blocks), bare = parts(model), SAMEncoder(3, size="tiny", weights="random")
+    cloud, tokens = cnn(image), bare.embed(image).tokens
+    assert cloud.shape == (2, 6, 6, 10)
+    assert tokens.shape == (2, 6, 10, 32)
+    ours = model(image).maps
+    for block, adapter, found in zip(bare.blocks, blocks, ours, strict=True):
+        tokens = block(tokens)
+        read = adapter.attn(tokens.reshape(2, 60, 32), cloud.reshape(2, 6, 60).transpose(1, 2))
+        tokens = tokens + read.reshape(2, 6, 10, 32)
+        assert torch.allclose(found, tokens.permute(0, 3, 1, 2), atol=1e-5)
+    assert [tuple(m.shape) for m in ours] == [(2, 32, 6, 10)] * 4
+
+
+def test_on_segment_anything_zero_output_projections_give_the_frozen_encoder_and_others_do_not() -> None:
+    model, image = sam().eval(), torch.randn(2, 3, 64, 64)
+    bare = SAMEncoder(3, size="tiny", weights="random", depths=[0, 1, 2, 3], neck=False)(image)
+    assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(model(image).maps, bare.maps, strict=True))
+    for block in parts(model)[1]:
+        torch.nn.init.zeros_(block.attn.to_out.loramlp[1].weight)
+    assert all(torch.equal(a, b) for a, b in zip(model(image).maps, bare.maps, strict=True))
+
+
+@pytest.mark.parametrize("bands", [3, 8])
+def test_on_segment_anything_adapter_and_head_alone_train(bands) -> None:
+    backbone = SAMEncoder(bands, size="tiny", weights="random", neck=False)
+    model = adapt(backbone, CloudAdapter(width=6, stages=3, rank=3), head=LightDecoder(backbone.channels, 4, width=8))
+    model.train()
+    mask = torch.randint(2, (2, 8, 8)).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    image = torch.randn(2, bands, 64, 64) + 2 * mask[:, None]
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimiser = torch.optim.AdamW(model.trainable().values(), lr=0.02)
+    losses = []
+    for _ in range(8):
+        optimiser.zero_grad()
+        losses.append(model.head.loss(model(image), mask))
+        losses[-1].backward()
+        optimiser.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    own = {id(p) for p in model.trainable().values()}
+    assert moved == {name for name, p in model.named_parameters() if id(p) in own}
+    assert all(p.grad is None for p in model.backbone.parameters() if id(p) not in own)
+    assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in model.trainable().values())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_on_segment_anything_released_names_load_and_multi_gives_quarters(tmp_path) -> None:
+    model = sam()
+    state = released(model)
+    torch.save(state, tmp_path / "released.pth")
+    load_official(model, tmp_path / "released.pth")
+    name = "backbone.cloud_adapter.net.3.attn.to_v.loramlp.0.weight"
+    assert torch.equal(parts(model)[1][3].attn.to_v.loramlp[0].weight, state[name])
+    encoder = SAMEncoder(3, size="tiny", weights="random")
+    several = adapt(encoder, CloudAdapter(width=6, stages=4, rank=3, aggregate="multi"))
+    assert [block.stage for block in parts(several)[1]] == [0, 1, 2, 3]
+    assert [tuple(m.shape) for m in several(torch.randn(1, 3, 64, 64)).maps] == [(1, 32, 8, 8)] * 3

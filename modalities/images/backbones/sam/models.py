@@ -177,6 +177,7 @@ class SAMEncoder(TokenBackbone):
         size: Literal["vit_b", "vit_l", "vit_h", "small", "tiny"] = "vit_b",
         image_size: int | None = None,
         depths: Sequence[int] | None = None,
+        neck: bool = True,
         weights: Literal["pretrained", "random"] = "pretrained",
         checkpoint: str | None = None,
         seed: int = 0,
@@ -184,6 +185,8 @@ class SAMEncoder(TokenBackbone):
         """
         Args:
             depths: blocks (0-based) whose output becomes a map; None: those with global attention.
+            neck: give the neck's embedding as the last map; without it four depths make the four maps that some heads
+                ask for, and ``depths`` must name one.
             checkpoint: a file of the whole model or of its image encoder, with the published names.
             size, image_size, weights, seed: as of ``SAM``.
         """
@@ -193,7 +196,11 @@ class SAMEncoder(TokenBackbone):
         sam, self.source = built(self.name, shape, bands, weights, checkpoint, seed, encoder=True)
         self.encoder, self.bands = sam.image_encoder, bands
         self.image_size, self.patch_size = shape.image_size, (shape.patch, shape.patch)
-        self.channels = (*self.channels, shape.embedding)
+        self.neck = neck
+        if neck:
+            self.channels = (*self.channels, shape.embedding)
+        elif not self.depths:
+            raise RequestError(f"{self.name}: no map is left: name a block in depths, or keep the neck")
         self.statistics = (MEAN, STD) if bands == 3 else None
 
     @property
@@ -214,7 +221,7 @@ class SAMEncoder(TokenBackbone):
     def ended(self, outputs: Sequence[Tensor], tokens: Tensor, grid: tuple[int, int]) -> Features:
         embedding = self.final(tokens)
         maps = [each.permute(0, 3, 1, 2) for each in outputs]
-        return Features((*maps, embedding), embedding.mean((2, 3)))
+        return Features((*maps, embedding) if self.neck else tuple(maps), embedding.mean((2, 3)))
 
     def sites(self) -> Sites:
         whole = Site("model", 0, "", self, parameter=None, layout="BCHW", width=self.bands)

@@ -212,18 +212,15 @@ def test_label_values_map_to_classes_and_the_rest_is_refused(folder, save):
         scenes(folder, classes=("clear", "shadow"), label_values=[1, 2, 3])
 
 
-def test_a_threshold_parts_masks_with_soft_edges(folder, save):
+def test_ranges_part_masks_with_soft_edges(folder, save):
     mask = np.full((1, 40, 56), 127, np.uint8)
     mask[0, :10], mask[0, 10:12], mask[0, 12:14] = 128, 0, 255
     for path in (folder / "masks").iterdir():
         save(path, mask)
-    data = scenes(folder, classes=("ground", "road"), threshold=127)
+    data = scenes(folder, classes=("ground", "road"), label_values=["0-127", "128-255"])
     assert pixels(data.test()) == {0: 2 * 28 * 56, 1: 2 * 12 * 56}
-    data = scenes(folder, classes=("ground", "road"), threshold=127, ignore_value=0)
+    data = scenes(folder, classes=("ground", "road"), label_values=["1-127", "128-255"], ignore_value=0)
     assert pixels(data.test()) == {0: 2 * 26 * 56, 255: 2 * 2 * 56, 1: 2 * 12 * 56}
-    for wrong in ({"classes": CLASSES}, {"classes": ("ground", "road"), "label_values": [0, 255]}):
-        with pytest.raises(RequestError, match="threshold 127: it parts two classes, and takes the place of label"):
-            scenes(folder, threshold=127, **wrong)
 
 
 def test_invalid_pixels_are_zero_and_ignored_and_not_measured(folder, save):
@@ -358,7 +355,7 @@ def test_every_kind_of_scenes_shares_the_loaders():
 def test_real_roads(real):
     data = FolderScenes(
         images=real("aerial_roads") / "images", masks=real("aerial_roads") / "masks", classes=("ground", "road"),
-        threshold=127, tile=200,
+        label_values=["0-127", "128-255"], tile=200,
     )  # fmt: skip
     splits = data.describe()["splits"]
     assert [splits[part]["images"] for part in splits] == [10, 4, 4]

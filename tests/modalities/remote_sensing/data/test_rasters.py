@@ -6,12 +6,12 @@ from rasterio import Affine
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
 
+from modalities.remote_sensing.data.masks import read_mask
 from modalities.remote_sensing.data.rasters import (
     Georeference,
     Window,
     read_header,
     read_image,
-    read_mask,
     write_raster,
 )
 from shared.errors import RequestError, WorkError
