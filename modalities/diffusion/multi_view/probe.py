@@ -3,9 +3,10 @@
     python -m modalities.diffusion.multi_view.probe RUN [RUN ...] [--objects 32] [--steps 20]
 
 RUN: finished runs of recipes whose data know their geometry and give no reference; all use one base. For each test
-object all models make its views from the same noise. Columns: ``disagreement`` (see ``multi_view.agreement``), mean
-and standard error over objects; its difference to the base and to the last run named, of the same object; and
-``contrast``, how far the object's colours are from grey: it tells views that agree from views that have gone pale.
+object all models make its views from the same noise. Means and standard errors over objects, of: ``disagreement``
+(see ``multi_view.agreement``); its difference to the base and to the last run named, of the same object; ``contrast``,
+how far the object's colours are from grey; and ``relative``, disagreement over contrast, with its difference to the
+last run: views that have only gone pale disagree less, but not relatively.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from modalities.diffusion.multi_view import sampling
 from modalities.diffusion.multi_view.agreement import disagreement
 from shared.errors import RequestError
 
-WIDTHS = (24, 20, 22, 22, 20)
+HEADER = ("", "disagreement", "less base", "less last", "contrast", "relative", "less last")
+WIDTHS = (24, *[18] * 6)
 
 
 def measured(images: Tensor, sample: dict[str, Any]) -> tuple[float, float]:
@@ -60,12 +62,13 @@ def measure(tasks: dict[str, Any], data: Any, objects: int, steps: int) -> dict[
 
 
 def table(found: dict[str, Tensor]) -> list[list[str]]:
-    """Rows of text: the name, disagreement, its differences to the base and to the last, and contrast."""
-    last = list(found)[-1]
-    rows = []
+    """Rows of text, of the columns of ``HEADER``."""
+    last, rows = list(found)[-1], []
+    relative = {name: values[:, 0] / values[:, 1] for name, values in found.items()}
     for name, values in found.items():
-        apart = [_spread(values[:, 0] - found[other][:, 0]) if name != other else "" for other in ("base", last)]
-        rows.append([name, _spread(values[:, 0]), *apart, _spread(values[:, 1])])
+        less = [_spread(values[:, 0] - found[other][:, 0]) if name != other else "" for other in ("base", last)]
+        less_relative = _spread(relative[name] - relative[last]) if name != last else ""
+        rows.append([name, _spread(values[:, 0]), *less, _spread(values[:, 1]), _spread(relative[name]), less_relative])
     return rows
 
 
@@ -90,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for folder, task in tasks.items():
             _check(folder, task, next(iter(tasks.values())))
         rows = table(measure(tasks, data, given.objects, given.steps))
-        for row in [["", "disagreement", "less base", f"less {given.runs[-1].name}", "contrast"], *rows]:
+        for row in (HEADER, *rows):
             print("".join(f"{cell:{width}}" for cell, width in zip(row, WIDTHS, strict=True)).rstrip())
     except RequestError as error:
         print(f"error: {error}", file=sys.stderr)

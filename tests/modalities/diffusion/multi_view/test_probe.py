@@ -7,7 +7,7 @@ import torch
 
 from modalities.diffusion.multi_view import probe
 from modalities.diffusion.multi_view.data import GeneratedSolids
-from shared import cli
+from shared import cli, run
 from shared.errors import RequestError
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' schedulers
@@ -31,8 +31,8 @@ def test_true_views_agree_and_views_of_several_objects_do_not():
 def test_differences_are_of_the_same_object():
     base = torch.tensor([[0.1, 0.3], [0.3, 0.3], [0.5, 0.3]])
     rows = probe.table({"base": base, "one": base - torch.tensor([0.05, 0.0])})
-    assert rows[0] == ["base", "0.300 ± 0.115", "", "0.050 ± 0.000", "0.300 ± 0.000"]
-    assert rows[1] == ["one", "0.250 ± 0.115", "-0.050 ± 0.000", "", "0.300 ± 0.000"]
+    assert rows[0] == ["base", "0.300 ± 0.115", "", "0.050 ± 0.000", "0.300 ± 0.000", "1.000 ± 0.385", "0.167 ± 0.000"]
+    assert rows[1] == ["one", "0.250 ± 0.115", "-0.050 ± 0.000", "", "0.300 ± 0.000", "0.833 ± 0.385", ""]
 
 
 def do(*words: str) -> None:
@@ -49,11 +49,14 @@ def test_from_a_base_of_ones_own_to_the_table(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert probe.main(["views", "apart", "--objects", "2", "--steps", "2"]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
-    assert "less apart" in header
+    assert header.split()[:3] == ["disagreement", "less", "base"]
     assert [row.partition("  ")[0] for row in rows] == ["true views", "base", "views", "apart"]
-    assert [row.count("±") for row in rows] == [4, 3, 4, 3]
+    assert [row.count("±") for row in rows] == [6, 5, 6, 4]
     assert probe.main(["base", "--objects", "2"]) == 2
     assert "base: trains Denoising, no MultiViewDenoising" in capsys.readouterr().err
-    do("run", "diffusion/mv_solids", "--tiny", "--output", "other")
-    assert probe.main(["views", "other", "--objects", "2"]) == 2
-    assert "other: another base than that of the first run" in capsys.readouterr().err
+    first, other = (run.load("views").task for _ in range(2))
+    probe._check("views", other, first)
+    with torch.no_grad():
+        other.unet.unet.conv_in.bias.add_(1)
+    with pytest.raises(RequestError, match="other: another base than that of the first run"):
+        probe._check("other", other, first)
