@@ -30,6 +30,7 @@ class _Objects:
     the cameras around the object, or its "geometry", positions and normals from the six sides.
     views: cameras, for rays.  batch_size: objects of a training step on one device.  checks: objects of validation and
     of test.  erase: cut a box of an eighth to a quarter of the side out of training references (published variant).
+    apart: a batch holds each view as an image of its own, to train a base by ``Denoising``.
     """
 
     size: int = 768
@@ -38,6 +39,7 @@ class _Objects:
     batch_size: int = 1
     checks: int = 4
     erase: bool = False
+    apart: bool = False
     seed: int = 0
     workers: int = 0
 
@@ -131,7 +133,16 @@ class _Split(Dataset):
 
     def __getitem__(self, key: Any) -> dict[str, Any]:
         draws = [(index, None) for index in self.batches[key]] if isinstance(key, int) else [(d[0], d[2]) for d in key]
-        return default_collate([self.data.sample(self.split, index, seed) for index, seed in draws])
+        batch = default_collate([self.data.sample(self.split, index, seed) for index, seed in draws])
+        return _each_view(batch) if self.data.apart else batch
+
+
+def _each_view(batch: dict[str, Any]) -> dict[str, Any]:
+    """What ``Denoising`` takes, of the views of a batch of objects: whole images."""
+    views = batch["image"].shape[1]
+    told = {key: [value for value in batch[key] for _ in range(views)] for key in ("caption", "name")}
+    images = batch["image"].flatten(0, 1)
+    return {"image": images, "crop": torch.zeros(len(images), 2, dtype=torch.long), **told}
 
 
 def on_grey(colour: Tensor, alpha: Tensor) -> Tensor:
@@ -143,16 +154,18 @@ def on_grey(colour: Tensor, alpha: Tensor) -> Tensor:
 class GeneratedSolids(_Objects):
     """Boxes and balls of two colours, one or two on top of each other, turned at random; needs no files.
 
-    objects: of the training split; the checks come on top.
+    objects: of the training split; the checks come on top.  plain: one solid of one colour, which neither rays nor
+    geometry tell.
     """
 
     objects: int = 64
+    plain: bool = False
 
     def count(self, split: str) -> int:
         return self.objects if split == "train" else self.checks
 
     def sample(self, split: str, index: int, seed: int | None) -> dict[str, Any]:
-        things, caption = solids.draw(np.random.default_rng((self.seed, SPLITS.index(split), index)))
+        things, caption = solids.draw(np.random.default_rng((self.seed, SPLITS.index(split), index)), self.plain)
         random = np.random.default_rng((self.seed, index) if seed is None else seed)
         square, around = (self.size, self.size), self.cameras
         view = cameras.orthographic([float(random.uniform(0, 360))], float(random.uniform(-10, 40)))

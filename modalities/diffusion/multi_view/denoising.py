@@ -30,6 +30,7 @@ class MultiViewDenoising(Denoising):
     caption_dropout, image_dropout, both_dropout: shares of objects without their caption, reference, or either.
     shift, shift_mode: of the schedule, see ``shifted``.  min_snr: weights are min(snr, this) / snr (Hang et al., 2023).
     fewer_views: train on a random choice of 6, 4, 3 or 2 views (published option).
+    apart: each view attends to itself alone, in training and after it: a control with the same parameters.
 
     Results of a split: ``loss``, without weights, and ``disagreement`` from 0 to 1: how much the views, denoised at
     once from where their noise is, differ in colour at the same points of the surface, which the data know.
@@ -49,6 +50,7 @@ class MultiViewDenoising(Denoising):
         shift_mode: Literal["interpolated", "default"] = "interpolated",
         min_snr: float = 5.0,
         fewer_views: bool = False,
+        apart: bool = False,
     ):
         super().__init__(model, data, optimiser, pipeline=pipeline, caption_dropout=caption_dropout)
         methods = [method for method in model.methods.values() if isinstance(method, MVAdapter)]
@@ -59,12 +61,15 @@ class MultiViewDenoising(Denoising):
                 raise RequestError(f"{name} {share:g}: use a share from 0 to 1")
         if not min_snr > 0:
             raise RequestError(f"min_snr {min_snr:g}: use a number above 0")
+        if getattr(data, "apart", False):
+            raise RequestError("data.apart gives single images, for Denoising; a control of several views: task.apart")
         self.size, self.maps, self.views = data.size, data.maps, data.views
         if fewer_views and (self.maps == "geometry" or self.views != 6):
             raise RequestError("fewer_views chooses among the 6 views around an object: maps: rays, views: 6")
         if methods[0].views == "row_column" and self.maps != "geometry":
             raise RequestError("views: row_column is for the 6 sides of maps: geometry; use views: row")
         self.image_dropout, self.both_dropout, self.fewer_views = image_dropout, both_dropout, fewer_views
+        self.apart = apart
         self.shift, self.shift_mode, self.min_snr = shift, shift_mode, min_snr
         self.refers, self.conditioned = methods[0].reference, methods[0].condition
         self.schedule = shifted(self.schedule, shift, shift_mode)
@@ -104,7 +109,7 @@ class MultiViewDenoising(Denoising):
         if noised is not None:
             repeated, noisy = repeated * noised, torch.where(noised[:, None, None, None], noisy, x)
         given = self._condition(batch, [c for c in captions for _ in range(views)])
-        told: dict[str, Any] = {"num_views": views}
+        told: dict[str, Any] = {"num_views": 1 if self.apart else views}
         if self.conditioned:
             told["control"] = batch["control"].flatten(0, 1)
         if self.refers:

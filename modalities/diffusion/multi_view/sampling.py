@@ -57,11 +57,12 @@ def with_pipeline(
 ) -> np.ndarray:
     """V views (V, H, W, 3), uint8. control: (V, 6, ...) in 0 to 1.  reference: (1, 3, H, W) in -1 to 1."""
     pipeline = task._frozen()
-    wanted: dict[str, Any] = {"num_views": settings["views"]}
+    wanted: dict[str, Any] = {"num_views": 1 if task.apart else settings["views"]}
     if control is not None:
         wanted["control"] = control
     if reference is not None:
-        wanted["ref_latents"] = task.encode(reference)
+        found = task.encode(reference)
+        wanted["ref_latents"] = found.expand(settings["views"], -1, -1, -1) if task.apart else found
 
     def stepped(pipe: Any, index: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
         told(index + 1)
@@ -102,10 +103,12 @@ def in_pixels(
     generator = torch.Generator().manual_seed(settings["seed"])
     x = torch.randn(count, task.unet.unet.config.in_channels, height, width, generator=generator).to(task.device)
     guided = reference is not None and settings["guidance"] != 1
-    wanted = {"num_views": count, "control": control, "ref_latents": reference}
+    if task.apart and reference is not None:
+        reference = reference.expand(count, -1, -1, -1)
+    wanted = {"num_views": 1 if task.apart else count, "control": control, "ref_latents": reference}
     given = task.unet.blank(2 * count if guided else count)
     for i, step in enumerate(scheduler.timesteps):
-        said = task.model(torch.cat([x, x]) if guided else x, step, **given, cross_attention_kwargs=wanted).sample
+        said = task.model(torch.cat([x, x]) if guided else x, step, **given, context=wanted).sample
         if guided:
             without, with_it = said.chunk(2)
             said = without + settings["guidance"] * (with_it - without)

@@ -42,17 +42,18 @@ class Seen(NamedTuple):
     normals: Tensor
 
 
-def draw(random: np.random.Generator) -> tuple[list[Solid], str]:
-    """One or two solids, one on top of the other, inside the cameras' window, and their names."""
-    count = int(random.integers(1, 3))
+def draw(random: np.random.Generator, plain: bool = False) -> tuple[list[Solid], str]:
+    """One or two solids, one on top of the other, inside the window, and their names; plain: one of one colour."""
+    count = 1 if plain else int(random.integers(1, 3))
     turn, solids, names = float(random.uniform(0, 2 * np.pi)), [], []
     height = 0.4 / count
     for i in range(count):
         kind: Literal["box", "ball"] = "box" if random.random() < 0.5 else "ball"
         front, back = random.choice(list(COLOURS), 2, replace=False).tolist()
+        back = front if plain else back
         half = (float(random.uniform(0.15, 0.33)), float(random.uniform(0.15, 0.33)), height)
         solids.append(Solid(kind, (0.0, 0.0, (2 * i + 1) * height - 0.4), half, turn, (front, back)))
-        names.append(f"{front} and {back} {kind}")
+        names.append(f"{front} {kind}" if plain else f"{front} and {back} {kind}")
     return solids, " under a ".join(["a " + names[0], *names[1:]])
 
 

@@ -137,3 +137,13 @@ def test_wrong_folders(folder, tmp_path):
         RenderedObjects(folder=folder / name, size=SIZE)
     with pytest.raises(RequestError, match="views 4: geometry is seen from its 6 sides"):
         GeneratedSolids(maps="geometry", views=4)
+
+
+def test_views_as_images_of_their_own():
+    settings = {"size": SIZE, "views": 3, "objects": 4, "batch_size": 2, "checks": 2, "plain": True}
+    whole, apart = (GeneratedSolids(**settings, apart=each) for each in (False, True))
+    for one, other in ((whole.train(), apart.train()), (whole.test(), apart.test())):
+        objects, images = next(iter(one)), next(iter(other))
+        assert torch.equal(images["image"], objects["image"].flatten(0, 1))
+        assert images["caption"] == [caption for caption in objects["caption"] for _ in range(3)]
+        assert len(images["name"]) == len(images["crop"]) == 6

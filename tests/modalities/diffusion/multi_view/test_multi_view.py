@@ -134,6 +134,27 @@ def test_one_timestep_for_an_object_and_fewer_views_by_choice():
     assert all(views == maps for views, maps in seen)
 
 
+@pytest.mark.parametrize("maps", ["rays", "geometry"])
+def test_views_apart_do_not_see_each_other(maps, picture):
+    data = GeneratedSolids(size=16, maps=maps, views=6, objects=2, batch_size=2)
+    batch = batch_of(data)
+    x = batch["image"].flatten(0, 1)
+    noise, steps = torch.randn(x.shape, generator=torch.Generator().manual_seed(4)), torch.tensor([300, 700])
+    other = noise.clone()
+    other[0] = -other[0]
+    for apart in (False, True):
+        task = pixels(data, apart=apart)
+        with torch.no_grad():
+            one, two = (task._of_views(batch, x, n, steps, ["", ""], None)[2] for n in (noise, other))
+        moved = (one - two).abs().amax((1, 2, 3)) > 1e-5
+        assert moved.tolist() == [True, *[not apart] * 5, *[False] * 6]
+    if maps == "rays":
+        wanted = Wanted(steps=2, seed=5, image=picture)
+        one, two = (pixels(data, apart=a).generate(wanted, progress=lambda *a: None).images[0] for a in (False, True))
+        assert one.shape == two.shape
+        assert not np.array_equal(one, two)
+
+
 def test_a_run_trains_the_adapter_alone_and_shows_pictures(tmp_path):
     data = GeneratedSolids(size=16, maps="geometry", objects=8, batch_size=2, checks=2)
     task = pixels(data, moved=False)
@@ -267,6 +288,7 @@ def test_what_is_not_made_is_said(picture):
         ({"min_snr": 0.0}, "min_snr 0: use a number above 0"),
         ({"fewer_views": True}, "chooses among the 6 views"),
         ({"shift": 0.0}, "shift 0: use a number above 0"),
+        ({"data": GeneratedSolids(size=16, apart=True)}, "data.apart gives single images"),
         ({"method": MVAdapter(vae_factor=1, views="row_column")}, "row_column is for the 6 sides"),
         ({"method": ResAdapter(rank=2)}, "several views at once need an MVAdapter"),
     ],

@@ -65,6 +65,20 @@ def test_drawn_solids_fit_the_window_and_their_caption():
         assert all(name in caption for solid in solids for name in (solid.kind, *solid.colours))
 
 
+def test_plain_solids_have_one_colour():
+    found = set()
+    for seed in range(12):
+        solids, caption = draw(np.random.default_rng(seed), plain=True)
+        seen = render(solids, geometry_guided(), (12, 12))
+        colours = seen.colour.movedim(1, -1)[seen.alpha > 0].unique(dim=0)
+        assert len(solids) == len(colours) == 1
+        name = solids[0].colours[0]
+        torch.testing.assert_close(colours[0], torch.tensor(COLOURS[name]))
+        assert caption == f"a {name} {solids[0].kind}"
+        found.add((name, solids[0].kind))
+    assert len(found) > 4
+
+
 def test_true_views_agree_and_others_do_not():
     cameras = view_guided()
     balls = [Solid("ball", (0.0, 0.0, 0.0), (0.3, 0.3, 0.3), 0.0, (c, c)) for c in ("red", "blue")]
