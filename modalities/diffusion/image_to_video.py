@@ -264,7 +264,7 @@ def first_frame(path: Any, size: int | tuple[int, int], step: int) -> Tensor:
 
     picture, how = read_picture(path), Image.Resampling.BICUBIC
     if isinstance(size, tuple):
-        pixels = np.array(ImageOps.fit(picture, size[::-1], how))
+        pixels = np.array(ImageOps.fit(picture, (size[1], size[0]), how))
     else:
         sides = [max(step, round(side * size / min(picture.size) / step) * step) for side in picture.size]
         pixels = np.array(picture.resize((sides[0], sides[1]), how))
