@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 LARGEST = 8192  # pixels of a side
 GRAIN = 8  # sides are multiples of it, pixels
 MOST = {"count": 10_000, "views": 1000, "frames": 10_000, "steps": 1000}
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # Pillow's modes that are read
 
 
@@ -32,7 +33,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--count", metavar="N", type=int, default=1, help="how many, each with a seed of its own")
     add("--views", metavar="N", type=int, help="cameras around an object")
     add("--frames", metavar="N", type=int, help="frames of a video")
-    add("--image", metavar="FILE", type=Path, help="a reference or a first frame, 8 bits a channel")
+    add("--image", metavar="FILE", type=Path, help="a reference, a first frame or a folder of frames, 8 bits")
     add("--mesh", metavar="FILE", type=Path, help="a mesh to look at or to paint")
     add("--steps", metavar="N", type=int, help="of the sampler (default: as published)")
     add("--guidance", metavar="G", type=float, help="strength of the prompt (default: as published)")
@@ -83,7 +84,8 @@ def checked(asked: argparse.Namespace) -> Wanted:
     if asked.size is not None:
         _check_size(*asked.size)
     if asked.image is not None:
-        _check_image(asked.image)
+        for path in _pictures(asked.image):
+            _check_image(path)
     if asked.mesh is not None:
         _check_file("--mesh", asked.mesh)
     names = ("prompt", "negative", "size", "count", "views", "frames", "image", "mesh", "steps", "guidance", "seed")
@@ -108,6 +110,16 @@ def _check_file(option: str, path: Path) -> None:
         raise RequestError(f"{option} {error}") from error
     if not path.stat().st_size:
         raise RequestError(f"{option} {path}: empty")
+
+
+def _pictures(path: Path) -> list[Path]:
+    """The file, or the pictures in a folder of frames."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(each for each in path.iterdir() if each.suffix.lower() in PICTURES)
+    if not found:
+        raise RequestError(f"--image {path}: a folder without pictures ({', '.join(PICTURES)})")
+    return found
 
 
 def _check_image(path: Path) -> None:

@@ -39,7 +39,8 @@ class Section:
 
     def outline(self) -> SimpleNamespace:
         """A data set's ``bands`` and ``classes`` as its settings or its class state them, None where only files tell;
-        classes by task where there are several. Its other settings are there as they are, or their defaults."""
+        classes by task where there are several. Its other settings are there as they are, or their defaults, and
+        what its class states of all its data."""
         kind, given = self.entry.load(), self.arguments
         defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
         bands = given.get("bands") or given.get("band_names") or defaults.get("bands") or getattr(kind, "bands", None)
@@ -49,8 +50,10 @@ class Section:
         if parts := next(iter(self.nested.values()), None):
             by_task = {name: section.outline().classes for name, section in parts.items()}
             known = by_task if all(by_task.values()) else None
+        stated = {n: v for base in getattr(kind, "__mro__", ())[::-1] for n, v in vars(base).items()}
+        stated = {n: v for n, v in stated.items() if not n.startswith("_") and not hasattr(v, "__get__")}
         settings = {name: v for name, v in {**defaults, **given}.items() if v is not inspect.Parameter.empty}
-        return SimpleNamespace(**{**settings, "bands": count, "classes": known})
+        return SimpleNamespace(**{**stated, **settings, "bands": count, "classes": known})
 
     def drawn_by(self, seed: int) -> None:
         """Data whose ``seed`` is None unless given take this one."""

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -120,7 +119,8 @@ class Denoising(Task):
             clean = self.schedule.step(said, half.item(), noisy).pred_original_sample
             shown = {"image": batch["image"], "noisy": self.decode(noisy), "denoised": self.decode(clean)}
             height, width = batch["image"].shape[2:]
-            rows.append((f"{width} x {height}: {batch['caption'][0]}", {k: _pixels(v[0]) for k, v in shown.items()}))
+            shown = {name: sampling.to_bytes(value[0]) for name, value in shown.items()}
+            rows.append((f"{width} x {height}: {batch['caption'][0]}", shown))
         return Pictures(rows, {})
 
     def load_adapter(self, path: Path) -> None:
@@ -200,11 +200,6 @@ class Denoising(Task):
         if pipeline.vae.device != self.device:
             pipeline.to(self.device)
         return pipeline
-
-
-def _pixels(image: Tensor) -> np.ndarray:
-    """(3, H, W) in -1 to 1 as uint8 (H, W, 3)."""
-    return ((image.float().cpu().clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
 
 
 class ErrorBySize(Metric):

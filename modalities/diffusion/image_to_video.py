@@ -12,8 +12,9 @@ from torch import Tensor
 
 from modalities.diffusion.backbones.motion import MotionUNet
 from modalities.diffusion.colour import match_colours
-from modalities.diffusion.data.images import _open
-from modalities.diffusion.denoising import Denoising, _pixels
+from modalities.diffusion.data.images import read_picture
+from modalities.diffusion.denoising import Denoising
+from modalities.diffusion.sampling import check_length, check_size, check_textless, finite, to_bytes
 from modalities.diffusion.starts import started
 from modalities.diffusion.vision import Vision
 from shared.adapted import Adapted
@@ -142,7 +143,7 @@ class ImageToVideoDenoising(Denoising):
             clean = self.schedule.step(said, half.item(), noisy).pred_original_sample
             shown = {"first": x[:, :, 0], "last": x[:, :, -1], "noisy": noisy[:, :, -1], "denoised": clean[:, :, -1]}
             name = f"{clip.shape[4]} x {clip.shape[3]}: {batch['caption'][0]}"
-            rows.append((name, {key: _pixels(self.decode(value)[0]) for key, value in shown.items()}))
+            rows.append((name, {key: to_bytes(self.decode(value)[0]) for key, value in shown.items()}))
         return Pictures(rows, {})
 
     # -- generating ------------------------------------------------------------------------------------------------
@@ -151,21 +152,19 @@ class ImageToVideoDenoising(Denoising):
     def generate(self, wanted: Wanted, *, progress: Callable[[int, int], None]) -> Made:
         """Animate ``wanted.image``, which is the first frame of what comes of it.
 
-        The image is resized so that its shorter side is that of ``wanted.size``, both sides multiples of the data's
-        step; None: the data's first size, or the UNet's own.
+        The image is resized to cover ``wanted.size`` and cropped in the middle; None: resized so that its shorter side
+        is the data's, or the UNet's own, both sides multiples of the data's step.
         """
-        if wanted.image is None:
-            raise RequestError("image to video needs an image to animate")
-        if wanted.views is not None or wanted.mesh is not None:
-            raise RequestError("image to video makes frames, no views of an object or mesh")
+        self._check_wanted(wanted)
         self.eval()
         steps = self.steps if wanted.steps is None else wanted.steps
         frames = self.frames if wanted.frames is None else wanted.frames
         if frames < 2:
             raise RequestError(f"{frames} frames: a video has at least 2, of which the image is the first")
-        guidance = self.guidance if wanted.guidance is None else wanted.guidance
+        # Without a pipeline there is nothing to be guided by: neither text nor features of the image.
+        guidance = 1 if self.pipeline is None else self.guidance if wanted.guidance is None else wanted.guidance
         negative = self.negative if wanted.negative is None else wanted.negative
-        image = first_frame(wanted.image, min(wanted.size or self._size()), self.step).to(self.device)
+        image = first_frame(wanted.image, wanted.size or min(self._size()), self.step).to(self.device)
         latents = self.encode(image)
         if guidance == 1:  # nothing is asked of the negative prompt
             told = self.told([wanted.prompt], image)
@@ -179,15 +178,30 @@ class ImageToVideoDenoising(Denoising):
             for done, time in enumerate(times):
                 x = denoised(self.model, sampler, x, time, told, guidance)
                 progress(number * len(times) + done + 1, wanted.count * len(times))
-            video = _bytes(self.decode(x)[0])
+            video = to_bytes(finite(self.decode(x)[0]).transpose(0, 1))
             videos.append(match_colours(video) if self.match_colours else video)
         settings = {
-            "prompt": wanted.prompt, "negative": negative, "image": str(wanted.image), "steps": steps,
-            "guidance": guidance, "frames": frames, "size": list(image.shape[2:]), "seed": wanted.seed,
+            "prompt": wanted.prompt or None, "negative": None if guidance == 1 else negative,
+            "image": str(wanted.image), "steps": steps, "guidance": None if self.pipeline is None else guidance,
+            "frames": frames, "width": image.shape[3], "height": image.shape[2], "seed": wanted.seed,
             "count": wanted.count, "start": self.start, "prior_t": self.prior_t, "mask_p": self.mask_p,
             "match_colours": self.match_colours,
         }  # fmt: skip
         return Made(kind="frames", images=videos, settings=settings)
+
+    def _check_wanted(self, wanted: Wanted) -> None:
+        if wanted.image is None:
+            raise RequestError("image to video needs an image to animate: give --image")
+        if wanted.views is not None or wanted.mesh is not None:
+            raise RequestError("image to video makes frames, no views of an object or mesh")
+        if wanted.size is not None:
+            check_size(wanted.size, self.step)
+        if self.pipeline is not None:
+            check_length(self.pipeline, prompt=wanted.prompt, negative=wanted.negative)
+            return
+        check_textless(wanted)
+        if wanted.guidance is not None:
+            raise RequestError(f"--guidance {wanted.guidance:g}: there is no text to guide (task.pipeline is null)")
 
     def _size(self) -> tuple[int, int]:
         """(height, width) where nothing else is asked: the data's first size, or the UNet's own."""
@@ -240,17 +254,18 @@ def keep_first_frame(first: Tensor) -> Callable[[Any, int, Any, dict[str, Any]],
     return put_back
 
 
-def _bytes(clip: Tensor) -> np.ndarray:
-    """(3, F, H, W) in -1 to 1 as uint8 (F, H, W, 3)."""
-    return ((clip.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+def first_frame(path: Any, size: int | tuple[int, int], step: int) -> Tensor:
+    """An image (1, 3, H, W) in -1 to 1.
 
+    size: (height, width), covered by it and cropped in the middle; a number: its shorter side has about as many pixels,
+    and both are multiples of ``step``.
+    """
+    from PIL import Image, ImageOps
 
-def first_frame(path: Any, short: int, step: int) -> Tensor:
-    """An image (1, 3, H, W) in -1 to 1, its shorter side near ``short`` pixels, both multiples of ``step``."""
-    from PIL import Image
-
-    picture = _open(path)
-    scale = short / min(picture.size)
-    width, height = (max(step, round(side * scale / step) * step) for side in picture.size)
-    pixels = np.array(picture.resize((width, height), Image.Resampling.BICUBIC))
+    picture, how = read_picture(path), Image.Resampling.BICUBIC
+    if isinstance(size, tuple):
+        pixels = np.array(ImageOps.fit(picture, (size[1], size[0]), how))
+    else:
+        sides = [max(step, round(side * size / min(picture.size) / step) * step) for side in picture.size]
+        pixels = np.array(picture.resize((sides[0], sides[1]), how))
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1

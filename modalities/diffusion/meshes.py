@@ -129,17 +129,26 @@ def unwrapped(mesh: Mesh, *, size: int = 1024, padding: int = 4) -> Mesh:
 
 
 def save_glb(path: str | Path, mesh: Mesh, texture: Tensor, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write a mesh with its texture (3, height, width), in the coordinates of the file it came from.
+    """Write what ``glb`` makes; the file is whole or not there."""
+    path = Path(path)
+    if path.suffix.lower() != ".glb":
+        raise RequestError(f"{path}: textured meshes are written as .glb")
+    try:
+        data = glb(mesh, texture, metadata)
+    except (RequestError, WorkError) as error:
+        raise type(error)(f"{path}: {error}") from error
+    write_atomically(path, data)
+
+
+def glb(mesh: Mesh, texture: Tensor, metadata: Mapping[str, Any] | None = None) -> bytes:
+    """A GLB file of a mesh with its texture (3, height, width), in the coordinates of the file the mesh came from.
 
     metadata: JSON values about how it was made, kept in the file, see ``glb_metadata``.
 
-    The bytes are read back before the file is put in place: what is written holds the mesh, or nothing is written.
+    Raises RequestError where the mesh has no UVs, and WorkError where the bytes, read back, do not hold the mesh.
     """
-    path = Path(path)
     if mesh.uv is None:
-        raise RequestError(f"{path}: a mesh without UVs cannot carry a texture; unwrap it first")
-    if path.suffix.lower() != ".glb":
-        raise RequestError(f"{path}: textured meshes are written as .glb")
+        raise RequestError("a mesh without UVs cannot carry a texture; unwrap it first")
     turn, move = mesh.to_file[:3, :3], mesh.to_file[:3, 3]
     normals = torch.nn.functional.normalize(mesh.normals.double() @ turn.inverse(), dim=-1)
     image = (texture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
@@ -162,8 +171,8 @@ def save_glb(path: str | Path, mesh: Mesh, texture: Tensor, metadata: Mapping[st
         process=False,
     )
     data = whole.export(file_type="glb", include_normals=True, tree_postprocessor=signed)
-    _check_written(path, data, mesh, image)
-    write_atomically(path, data)
+    _check_written(data, mesh, image)
+    return data
 
 
 def glb_metadata(path: str | Path) -> dict[str, Any]:
@@ -177,7 +186,7 @@ def glb_metadata(path: str | Path) -> dict[str, Any]:
         raise RequestError(f"{path}: not a GLB file") from error
 
 
-def _check_written(path: Path, data: bytes, mesh: Mesh, image: np.ndarray) -> None:
+def _check_written(data: bytes, mesh: Mesh, image: np.ndarray) -> None:
     """Raises WorkError where the bytes of a GLB do not give back the mesh, its UVs and its texture."""
     assert mesh.uv is not None
     [(back, _)] = _parts(trimesh().load_scene(io.BytesIO(data), file_type="glb", process=False))
@@ -191,7 +200,7 @@ def _check_written(path: Path, data: bytes, mesh: Mesh, image: np.ndarray) -> No
         and np.array_equal(np.asarray(back.visual.material.baseColorTexture.convert("RGB")), image)
     )
     if not same:
-        raise WorkError(f"{path}: the GLB does not read back as the mesh it was made of; nothing was written")
+        raise WorkError("the GLB does not read back as the mesh it was made of")
 
 
 def _parts(scene: Any) -> list[tuple[Any, np.ndarray]]:

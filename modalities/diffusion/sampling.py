@@ -33,6 +33,20 @@ def check_size(size: tuple[int, int], factor: int) -> None:
         raise RequestError(f"--size {width}x{height}: sides go by {factor} pixels here, such as {near}")
 
 
+def check_length(pipeline: Any, **texts: str | None) -> None:
+    """Raises RequestError where a text is so long that the library would cut it."""
+    for option, text in texts.items():
+        most, count = pipeline.tokenizer.model_max_length, len(pipeline.tokenizer(text or "").input_ids)
+        if count > most:
+            raise RequestError(f"--{option}: {count} tokens, the text encoder reads {most}: shorten it")
+
+
+def check_textless(wanted: Wanted) -> None:
+    """Raises RequestError where text is given to a model of pixels, which has no text encoder."""
+    if text := next((f"--{name}" for name in ("prompt", "negative") if getattr(wanted, name)), None):
+        raise RequestError(f"{text}: this model makes pixels, without a text encoder (task.pipeline is null)")
+
+
 def sampler(config: Any) -> Any:
     """ResAdapter's published sampler over the noise schedule of a scheduler's configuration."""
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
@@ -47,8 +61,7 @@ def with_pipeline(pipeline: Any, wanted: Wanted, progress: Progress) -> Made:
     height, width = size = wanted.size or (side, side)
     check_size(size, factor)
     steps, guidance = wanted.steps or STEPS, GUIDANCE if wanted.guidance is None else wanted.guidance
-    for option in ("prompt", "negative"):
-        _check_length(pipeline, option, getattr(wanted, option) or "")
+    check_length(pipeline, prompt=wanted.prompt, negative=wanted.negative)
     before, pipeline.scheduler = pipeline.scheduler, sampler(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     images = []
@@ -64,18 +77,11 @@ def with_pipeline(pipeline: Any, wanted: Wanted, progress: Progress) -> Made:
                 guidance_scale=guidance, generator=torch.Generator().manual_seed(wanted.seed + index),
                 output_type="np", callback_on_step_end=told,
             )  # fmt: skip
-            images.append(_bytes(made.images))
+            images.append(of_pipeline(made.images))
     finally:
         pipeline.scheduler = before
     settings = {"prompt": wanted.prompt, "negative": wanted.negative, "guidance": guidance}
     return Made(kind="images", images=images, settings={**settings, **_settings(wanted, size, steps)})
-
-
-def _check_length(pipeline: Any, option: str, text: str) -> None:
-    """The library would cut a text that its encoder does not read whole."""
-    most, count = pipeline.tokenizer.model_max_length, len(pipeline.tokenizer(text).input_ids)
-    if count > most:
-        raise RequestError(f"--{option}: {count} tokens, the text encoder reads {most}: shorten it")
 
 
 @torch.no_grad()
@@ -86,10 +92,7 @@ def in_pixels(predict: Callable[[Tensor, Tensor], Tensor], channels: int, side: 
     predict: noisy images (B, channels, H, W) and the step (1,) to the noise in them.  side: pixels where no size is
     wanted.  factor: sides are multiples of it.  config: of the noise schedule it was trained with.
     """
-    if text := next((f"--{name}" for name in ("prompt", "negative") if getattr(wanted, name)), None):
-        raise RequestError(
-            f"{text}: this model makes pixels from noise, without a text encoder (task.pipeline is null)"
-        )
+    check_textless(wanted)
     if wanted.guidance is not None:
         raise RequestError(f"--guidance {wanted.guidance:g}: there is no text to be guided by (task.pipeline is null)")
     height, width = size = wanted.size or (side, side)
@@ -107,7 +110,7 @@ def in_pixels(predict: Callable[[Tensor, Tensor], Tensor], channels: int, side: 
             noise = predict(solver.scale_model_input(x, time), time[None])
             x = solver.step(noise, time, x, generator=generators).prev_sample
             progress(number * steps + step + 1, len(parts) * steps)
-        images += [_bytes((image[None].permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1).cpu().numpy()) for image in x.float()]
+        images += [_coloured(to_bytes(finite(image[None]))) for image in x]
     return Made(kind="images", images=images, settings=_settings(wanted, size, steps))
 
 
@@ -116,9 +119,23 @@ def _settings(wanted: Wanted, size: tuple[int, int], steps: int) -> dict[str, An
     return {"width": size[1], "height": size[0], "count": wanted.count, "seed": wanted.seed, "steps": steps, **name}
 
 
-def _bytes(images: np.ndarray) -> np.ndarray:
-    """(N, H, W, 1 or 3) from 0 to 1 as uint8 (N, H, W, 3). Raises RequestError where a value is not finite."""
-    if not np.isfinite(images).all():
+def to_bytes(images: Tensor) -> np.ndarray:
+    """(*, C, H, W) in -1 to 1 as uint8 (*, H, W, C)."""
+    return ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).numpy()
+
+
+def of_pipeline(images: np.ndarray) -> np.ndarray:
+    """(N, H, W, C) in 0 to 1, as diffusers' pipelines give them, as uint8. Raises RequestError as ``finite`` does."""
+    return to_bytes(finite(torch.from_numpy(images)).movedim(-1, -3) * 2 - 1)
+
+
+def finite(images: Tensor) -> Tensor:
+    """The same images. Raises RequestError where a value of them is none."""
+    if not bool(images.isfinite().all()):
         raise RequestError("the images came out as numbers that are not finite: use fewer --steps, less --guidance")
-    whole = (images * 255).round().astype(np.uint8)
-    return whole if whole.shape[-1] == 3 else np.repeat(whole, 3, -1)
+    return images
+
+
+def _coloured(images: np.ndarray) -> np.ndarray:
+    """(N, H, W, 1 or 3) as (N, H, W, 3)."""
+    return images if images.shape[-1] == 3 else np.repeat(images, 3, -1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from modalities.diffusion.data.clips import pixels
 from modalities.diffusion.frames import PICTURES, read_frames
 from modalities.diffusion.masks import frame_mask, masked_condition
+from modalities.diffusion.sampling import finite, to_bytes
 from shared.errors import RequestError
 from shared.generating import Made, Wanted
 
@@ -75,11 +76,13 @@ def generate(task: StickerDenoising, wanted: Wanted, progress: Callable[[int, in
         steps=steps, guidance=guidance, seed=wanted.seed, progress=progress,
     )  # fmt: skip
     settings = {
-        "prompt": wanted.prompt, "negative": negative, "size": list(side), "frames": frames, "count": wanted.count,
-        "given": sorted(places), "steps": steps, "guidance": guidance, "eta": task.sampler.eta, "sampler": "DDIM",
+        "prompt": wanted.prompt or None, "negative": negative if wanted.prompt else None,
+        "image": None if wanted.image is None else str(wanted.image), "given": sorted(places), "width": side[1],
+        "height": side[0], "frames": frames, "count": wanted.count, "steps": steps,
+        "guidance": guidance if wanted.prompt else None, "eta": task.sampler.eta, "sampler": "DDIM",
         "seed": wanted.seed,
     }  # fmt: skip
-    return Made(kind="frames", images=[to_frames(clip) for clip in clips], settings=settings, rate=task.rate)
+    return Made(kind="frames", images=list(to_bytes(finite(clips).transpose(1, 2))), settings=settings, rate=task.rate)
 
 
 def given_frames(path: Path, frames: int) -> dict[int, np.ndarray]:
@@ -144,8 +147,3 @@ def _given(task: StickerDenoising, places: dict[int, np.ndarray], side: int, rea
         clip[:, :, place], mask[place] = pixels(frame[None], side, task.bands)[:, 0], 1
     x = task.latents.encode(clip.to(task.device), mask[None].to(task.device), draw=False)
     return masked_condition(x.expand(len(real), *x.shape[1:]), mask, real)
-
-
-def to_frames(clip: Tensor) -> np.ndarray:
-    """(C, F, H, W) in -1 to 1 as uint8 (F, H, W, C)."""
-    return ((clip.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()

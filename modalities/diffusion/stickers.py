@@ -14,6 +14,7 @@ from torch import Tensor
 from modalities.diffusion.clip_encoders import Latents, Texts
 from modalities.diffusion.denoising import ErrorBySize
 from modalities.diffusion.masks import FAMILIES, TASKS, Condition, condition, masked_condition, masked_loss
+from modalities.diffusion.sampling import to_bytes
 from modalities.diffusion.sticker_sampling import Sampler, generate
 from shared.adapted import Adapted
 from shared.errors import RequestError
@@ -204,9 +205,7 @@ def hidden(caption: str, share: float, draws: Any = random) -> str:
 
 def _strip(clip: Tensor) -> np.ndarray:
     """(C, F, H, W) in -1 to 1 as one picture uint8 (H, F * W, 3), frames side by side, on white."""
-    from modalities.diffusion.sticker_sampling import to_frames
-
-    frames = to_frames(clip)
+    frames = to_bytes(clip.transpose(0, 1))
     if frames.shape[-1] == 4:
         from modalities.diffusion.frames import over_white
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from shared.report import page, plots
 
 PAGE, SETTINGS, SHEET = "page.html", "settings.json", "sheet.png"
 SHOWN = 64  # pictures on the page; all are in the folder
+PLAYED = 4  # videos on the page
 SHEET_SIDE = 4096  # greatest side of the sheet, pixels
 
 
@@ -155,9 +157,9 @@ def _animated(images: np.ndarray, rate: float, kind: str) -> bytes:
 def _page(made: Made, settings: Mapping[str, Any], files: list[str], random: bool) -> str:
     named = list(_named(made))
     shown = named[:SHOWN]
-    told = f"{len(named)} pictures of {len(made.images)} {_WORDS[made.kind]}" if made.kind != "images" else ""
+    told = f"{len(named)} pictures of {_counted(len(made.images), _WORDS[made.kind])}" if made.kind != "images" else ""
     left = f"The first {SHOWN} of {len(named)}; all are in the folder." if len(named) > SHOWN else ""
-    rows = [(str(n), v if isinstance(v, str) else json.dumps(v)) for n, v in settings.items() if v is not None]
+    rows = [(str(n), v if isinstance(v, str) else json.dumps(v)) for n, v in settings.items() if v not in (None, "")]
     moving = {name: name for name in files if name.endswith((".gif", ".webp"))}
     further = {name: name for name in (SHEET, SETTINGS, *made.files)}
     return page.page(
@@ -167,19 +169,40 @@ def _page(made: Made, settings: Mapping[str, Any], files: list[str], random: boo
         if random
         else "",
         page.section("Pictures", *([page.lead(left)] if left else []), page.gallery(_rows(made, shown))),
-        page.section("Moving", page.links(moving)) if moving else "",
+        page.section("Moving", _moving(made) if made.kind == "frames" else "", page.links(moving)) if moving else "",
         page.section("Settings", page.table(("", ""), rows, numbers=2)),
         page.section("Files", page.links(further)),
     )
 
 
-_WORDS = {"views": "objects", "frames": "videos"}
+_WORDS = {"views": "object", "frames": "video"}
+
+
+def _counted(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number != 1)}"
+
+
+def _moving(made: Made) -> str:
+    """The first videos as they play, in the page itself."""
+    moving = (_address(_animated(images, made.rate, "gif")) for images in made.images[:PLAYED])
+    named = {f"video {number}": source for number, source in enumerate(moving)}
+    return page.pictures(f"{made.rate:g} frames a second", named)
+
+
+def _address(gif: bytes) -> str:
+    return "data:image/gif;base64," + base64.b64encode(gif).decode()
 
 
 def _rows(made: Made, named: list[tuple[str, np.ndarray]]) -> Iterator[str]:
-    """Rows of at most six pictures, each under its file's name."""
+    """Rows of at most six pictures, under the names of their files."""
     across = min(6, len(named)) if made.kind == "images" else min(6, len(made.images[0]))
     for start in range(0, len(named), across):
         part = named[start : start + across]
         label = part[0][0] if len(part) == 1 else f"{part[0][0]} to {part[-1][0]}"
-        yield page.pictures(label, {name: plots.png(pixels) for name, pixels in part})
+        yield page.pictures(label, {_short(name): plots.png(pixels) for name, pixels in part})
+
+
+def _short(name: str) -> str:
+    """ "front right" of 0001_front_right.png, else its number."""
+    number, _, word = PurePosixPath(name).stem.partition("_")
+    return word.replace("_", " ") or number

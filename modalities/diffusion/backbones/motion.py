@@ -95,32 +95,6 @@ class MotionUNet(DiffusersUNet):
             encoder_hidden_states = encoder_hidden_states.repeat_interleave(frames, dim=0)
         return self.unet(sample, timestep, encoder_hidden_states, *args, **kwargs)
 
-    def blank(self, batch: int) -> dict[str, Any]:
-        """Conditioning that says nothing, as keyword arguments: one zero token, and one of the content branch."""
-        given = super().blank(batch)
-        if self.content is not None:
-            width = next(
-                p for n, p in self.content.named_parameters() if n.endswith(("proj_in.weight", "embeds.weight"))
-            )
-            extra = given.setdefault("added_cond_kwargs", {})
-            extra["image_embeds"] = [width.new_zeros(batch, 1, *_tokens(self.content), width.shape[1])]
-        return given
-
-    def example(self) -> tuple[Any, ...]:
-        """Two noisy frames of the smallest size whose lowest level has more than one pixel, at timestep 500."""
-        config, weight = self.unet.config, next(self.unet.parameters())
-        side = 2 ** len(config.block_out_channels)
-        random, given = torch.Generator().manual_seed(0), self.blank(1)
-        clip = torch.randn(1, config.in_channels, 2, side, side, generator=random, device="cpu")
-        text = torch.randn(1, 3, given["encoder_hidden_states"].shape[-1], generator=random, device="cpu")
-        steps = torch.tensor([500], device=weight.device)
-        return clip.to(weight), steps, text.to(weight), None, None, None, given.get("added_cond_kwargs")
-
-
-def _tokens(projection: nn.Module) -> tuple[int, ...]:
-    """One token where the projection reads many; none where it reads a summary."""
-    return () if type(projection).__name__ == "ImageProjection" else (1,)
-
 
 def _inflated(unet: Any, motion: str | None, arguments: dict[str, Any], seed: int) -> Any:
     """The video UNet around a text-to-image UNet's weights."""

@@ -20,7 +20,7 @@ SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ManySizes:
+class ManySizes:
     """What both sources share: sizes, batches of one size, and fixed checks at every square size.
 
     low, high: shortest and longest side, pixels (released files: 128 to 1024 for SD1.5, 256 to 1536 for SDXL).
@@ -105,7 +105,7 @@ class _ManySizes:
 class _Split(Dataset):
     """Whole batches: for a list of draws (training), or by number (fixed checks)."""
 
-    def __init__(self, data: _ManySizes, split: str, batches: Sequence[Any] = ()):
+    def __init__(self, data: ManySizes, split: str, batches: Sequence[Any] = ()):
         self.data, self.split, self.batches = data, split, batches
 
     def __len__(self) -> int:
@@ -117,7 +117,7 @@ class _Split(Dataset):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratedShapes(_ManySizes):
+class GeneratedShapes(ManySizes):
     """Coloured discs, squares, rings and stripes over a gradient, drawn at the size asked for; needs no files.
 
     images: of the training split; the checks come on top.
@@ -138,7 +138,7 @@ class GeneratedShapes(_ManySizes):
         return {"image": image, "caption": caption, "crop": torch.tensor([top, left]), "name": f"{split}/{index}"}
 
 
-_COLOURS = {
+COLOURS = {
     "red": (0.9, 0.1, 0.1), "green": (0.1, 0.7, 0.2), "blue": (0.1, 0.2, 0.9),
     "yellow": (0.95, 0.85, 0.1), "white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0),
 }  # fmt: skip
@@ -157,15 +157,15 @@ def _picture(random: np.random.Generator, side: int, size: Size, top: int, left:
     image = corners[0] * (1 - slope) + corners[1] * slope
     words = []
     for _ in range(random.integers(1, 4)):
-        shape, colour = str(random.choice(_SHAPES)), str(random.choice(list(_COLOURS)))
+        shape, colour = str(random.choice(_SHAPES)), str(random.choice(list(COLOURS)))
         centre, radius = random.uniform(0.2, 0.8, 2), random.uniform(0.12, 0.3)
-        inside = np.clip(0.5 - _distance(shape, y - centre[0], x - centre[1], radius) * side, 0, 1)
-        image = image * (1 - inside) + np.array(_COLOURS[colour])[:, None, None] * inside
+        inside = np.clip(0.5 - outside(shape, y - centre[0], x - centre[1], radius) * side, 0, 1)
+        image = image * (1 - inside) + np.array(COLOURS[colour])[:, None, None] * inside
         words.append(f"{colour} {shape}")
     return image, " and ".join(words)
 
 
-def _distance(shape: str, y: np.ndarray, x: np.ndarray, radius: float) -> np.ndarray:
+def outside(shape: str, y: np.ndarray, x: np.ndarray, radius: float) -> np.ndarray:
     """How far each point is outside the shape's edge, negative inside, in units of the picture."""
     if shape == "disc":
         return np.hypot(y, x) - radius
@@ -178,7 +178,7 @@ def _distance(shape: str, y: np.ndarray, x: np.ndarray, radius: float) -> np.nda
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionedImages(_ManySizes):
+class CaptionedImages(ManySizes):
     """Pictures of a folder with their captions, resized to cover the size and cropped at a random place.
 
     folder: holds ``captions.csv`` with the columns file and caption, or ``metadata.csv`` with file_name and text
@@ -211,7 +211,7 @@ class CaptionedImages(_ManySizes):
     def sample(self, split: str, draw: Draw | tuple[int, Size, None]) -> dict[str, Any]:
         index, size, seed = draw
         name, caption = self.rows[split][index]
-        picture = _open(self.folder / name)
+        picture = read_picture(self.folder / name)
         (height, width), (top, left) = cover(picture.height, picture.width, size, seed)
         picture = picture.resize((width, height)).crop((left, top, left + size.width, top + size.height))
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
@@ -235,7 +235,7 @@ def _captions(folder: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def _open(path: Path) -> Any:
+def read_picture(path: Path) -> Any:
     """A picture in RGB; what is transparent becomes white."""
     from PIL import Image
 

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from modalities.diffusion.buckets import Draw, Size, cover
-from modalities.diffusion.data.images import _COLOURS, SPLITS, _distance, _ManySizes
+from modalities.diffusion.data.images import COLOURS, SPLITS, ManySizes, outside
 from modalities.diffusion.frames import ANIMATIONS, PICTURES, over_white, read_frames
 from shared.errors import RequestError
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Clips(_ManySizes):
+class _Clips(ManySizes):
     """Clips of one length; sizes as of images, by default the published 512 x 512.
 
     frames: of a clip.  A sample is ``clip`` float32 (3, frames, height, width) in -1 to 1, ``caption``, ``crop``
@@ -63,13 +63,13 @@ class MovingShapes(_Clips):
         x = ((np.arange(size.width) + 0.5 + left) / side)[None, :]
         low, high = random.uniform(0.2, 0.8, (2, 3, 1, 1))
         ground = low * (1 - x) + high * x + 0 * y
-        shape, colour = str(random.choice(("disc", "square", "ring"))), str(random.choice(list(_COLOURS)))
+        shape, colour = str(random.choice(("disc", "square", "ring"))), str(random.choice(list(COLOURS)))
         way = str(random.choice(("left", "right", "up", "down")))
         start, radius, far = random.uniform(0.4, 0.6, 2), random.uniform(0.12, 0.25), random.uniform(0.2, 0.35)
         step = {"left": (0, -far), "right": (0, far), "up": (-far, 0), "down": (far, 0)}[way]
-        paint, frames = np.array(_COLOURS[colour])[:, None, None], []
+        paint, frames = np.array(COLOURS[colour])[:, None, None], []
         for time in np.linspace(0, 1, self.frames):
-            away = _distance(shape, y - start[0] - time * step[0], x - start[1] - time * step[1], radius)
+            away = outside(shape, y - start[0] - time * step[0], x - start[1] - time * step[1], radius)
             inside = np.clip(0.5 - away * side, 0, 1)
             frames.append(ground * (1 - inside) + paint * inside)
         clip = torch.from_numpy(np.stack(frames, axis=1).astype(np.float32) * 2 - 1)

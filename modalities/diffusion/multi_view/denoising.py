@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from modalities.diffusion.denoising import Denoising
 from modalities.diffusion.multi_view import sampling
 from modalities.diffusion.multi_view.agreement import disagreement
 from modalities.diffusion.mv_adapter import MVAdapter
+from modalities.diffusion.sampling import to_bytes
 from modalities.diffusion.shifted import shifted
 from shared.adapted import Adapted
 from shared.errors import RequestError
@@ -31,6 +33,8 @@ class MultiViewDenoising(Denoising):
     shift, shift_mode: of the schedule, see ``shifted``.  min_snr: weights are min(snr, this) / snr (Hang et al., 2023).
     fewer_views: train on a random choice of 6, 4, 3 or 2 views (published option).
     apart: each view attends to itself alone, in training and after it: a control with the same parameters.
+    texels, up, front: of meshes that are painted, the side of the texture (published: 4096 for SDXL, 2048 for SD2.1),
+    and the axes of their files (glTF's; the published script calls the front "+x").
 
     Results of a split: ``loss``, without weights, and ``disagreement`` from 0 to 1: how much the views, denoised at
     once from where their noise is, differ in colour at the same points of the surface, which the data know.
@@ -51,11 +55,11 @@ class MultiViewDenoising(Denoising):
         min_snr: float = 5.0,
         fewer_views: bool = False,
         apart: bool = False,
+        texels: int = 4096,
+        up: Literal["+x", "+y", "+z", "-x", "-y", "-z"] = "+y",
+        front: Literal["+x", "+y", "+z", "-x", "-y", "-z"] = "+z",
     ):
         super().__init__(model, data, optimiser, pipeline=pipeline, caption_dropout=caption_dropout)
-        methods = [method for method in model.methods.values() if isinstance(method, MVAdapter)]
-        if not methods:
-            raise RequestError("several views at once need an MVAdapter as the method")
         for name, share in (("image_dropout", image_dropout), ("both_dropout", both_dropout)):
             if not 0 <= share <= 1:
                 raise RequestError(f"{name} {share:g}: use a share from 0 to 1")
@@ -66,14 +70,32 @@ class MultiViewDenoising(Denoising):
         self.size, self.maps, self.views = data.size, data.maps, data.views
         if fewer_views and (self.maps == "geometry" or self.views != 6):
             raise RequestError("fewer_views chooses among the 6 views around an object: maps: rays, views: 6")
-        if methods[0].views == "row_column" and self.maps != "geometry":
-            raise RequestError("views: row_column is for the 6 sides of maps: geometry; use views: row")
+        if texels < 1 or up[1] == front[1]:
+            raise RequestError(f"texels {texels}, up {up}, front {front}: at least 1, and two different axes")
+        self.texels, self.up, self.front = texels, up, front
+        self._take(model)
         self.image_dropout, self.both_dropout, self.fewer_views = image_dropout, both_dropout, fewer_views
         self.apart = apart
         self.shift, self.shift_mode, self.min_snr = shift, shift_mode, min_snr
-        self.refers, self.conditioned = methods[0].reference, methods[0].condition
         self.schedule = shifted(self.schedule, shift, shift_mode)
         self.points = Points()
+
+    def _take(self, model: Adapted) -> None:
+        """What the model's adapter can be told. Raises RequestError where it is for other views than the data's."""
+        methods = [method for method in model.methods.values() if isinstance(method, MVAdapter)]
+        if not methods:
+            raise RequestError("several views at once need an MVAdapter as the method")
+        if (methods[0].views == "row_column") != (self.maps == "geometry"):
+            fits = {"rays": "row", "geometry": "row_column"}[self.maps]
+            raise RequestError(f"the adapter has views: {methods[0].views}; maps: {self.maps} want views: {fits}")
+        self.refers, self.conditioned = methods[0].reference, methods[0].condition
+
+    def load_adapter(self, path: Path) -> None:
+        super().load_adapter(path)
+        try:
+            self._take(self.model)
+        except RequestError as error:
+            raise RequestError(f"{path}: {error}") from error
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         if self.fewer_views:
@@ -175,12 +197,13 @@ class MultiViewDenoising(Denoising):
         _, _, clean = self._of_views(batch, x, noise, half, batch["caption"], None)
         noisy = self.schedule.add_noise(x, noise, half.expand(len(x)))
         shown = {"views": batch["image"][0], "noisy": self.decode(noisy), "denoised": self.decode(clean)}
-        rows = {n: sampling.pixels(torch.cat(list(v), -1)[None])[0] for n, v in shown.items()}
+        rows = {n: to_bytes(torch.cat(list(v), -1)) for n, v in shown.items()}
         return Pictures([(str(batch["caption"][0]), rows)], {})
 
     def generate(self, wanted: Wanted, *, progress: Callable[[int, int], None]) -> Made:
-        """Views around an object of a prompt, a reference image with alpha, or both; the published setting is 50 steps,
-        guidance 7 of text and 3 of a reference."""
+        """Views around an object of a prompt, a reference image with alpha, or both; of maps of geometry, the sides of
+        ``wanted.mesh``, with the mesh painted so as a GLB file. Published: 50 steps, guidance 7 of text, 3 of a
+        reference; bicubic interpolation stands in for the super-resolution of views before they are baked."""
         self.eval()
         return sampling.views(self, wanted, progress)
 

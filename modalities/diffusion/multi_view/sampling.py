@@ -1,4 +1,4 @@
-"""Views of an object made by a multi-view model: through its pipeline, or without one in pixels."""
+"""Views of an object or of a mesh made by a multi-view model: through its pipeline, or without one in pixels."""
 
 from __future__ import annotations
 
@@ -11,36 +11,32 @@ import torch
 from torch import Tensor
 
 from modalities.diffusion import cameras
+from modalities.diffusion.multi_view import texturing
 from modalities.diffusion.multi_view.data import on_grey
+from modalities.diffusion.sampling import check_length, check_size, check_textless, finite, of_pipeline, to_bytes
 from modalities.diffusion.shifted import shifted
 from shared.errors import RequestError
 from shared.generating import Made, Wanted
 
 NEGATIVE = "watermark, ugly, deformed, noisy, blurry, low contrast"
+RATE = 2.0  # views a second, where they follow each other
 
 
 def views(task: Any, wanted: Wanted, progress: Callable[[int, int], None]) -> Made:
     """What a ``MultiViewDenoising`` makes of what is wanted. Raises RequestError where it does not make that."""
-    if wanted.mesh is not None or task.maps == "geometry":
-        raise RequestError(
-            "this makes views from text or an image; a model of geometry wants maps rendered from a mesh"
-        )
-    if wanted.frames is not None:
-        raise RequestError("this makes views, no video: give no frames")
-    if wanted.image is not None and not task.refers:
-        raise RequestError("this adapter has no branch for a reference image: give none, or train with reference: true")
-    if wanted.image is None and not wanted.prompt and task.pipeline is not None:
-        raise RequestError("give a prompt, a reference image, or both")
+    _check(task, wanted)
     count = task.views if wanted.views is None else wanted.views
-    around, size = cameras.view_guided(count), wanted.size or (task.size, task.size)
-    control = cameras.ray_maps(around, (1, 1)).to(task.device) if task.conditioned else None
+    size = wanted.size or (task.size, task.size)
+    settings = _settings(task, wanted, count, size)
+    mesh, control = None, None
+    if wanted.mesh is not None:
+        mesh = texturing.prepared(wanted.mesh, up=task.up, front=task.front, texels=task.texels)
+        around, control = cameras.geometry_guided(), texturing.seen(mesh, size)
+    else:
+        around = cameras.view_guided(count)
+        control = cameras.ray_maps(around, (1, 1)) if task.conditioned else None
+    control = None if control is None else control.to(task.device)
     reference = None if wanted.image is None else read_reference(wanted.image, size).to(task.device)[None]
-    settings = {
-        "prompt": wanted.prompt, "negative": NEGATIVE if wanted.negative is None else wanted.negative,
-        "size": list(size), "views": count, "steps": 50 if wanted.steps is None else wanted.steps, "seed": wanted.seed,
-        "guidance": (7.0 if reference is None else 3.0) if wanted.guidance is None else wanted.guidance,
-        "image": None if wanted.image is None else str(wanted.image), "shift": task.shift, "mode": task.shift_mode,
-    }  # fmt: skip
     make = in_pixels if task.pipeline is None else with_pipeline
     total, found = settings["steps"] * wanted.count, []
     for i in range(wanted.count):
@@ -49,7 +45,63 @@ def views(task: Any, wanted: Wanted, progress: Callable[[int, int], None]) -> Ma
             progress(before + step, total)
 
         found.append(make(task, settings | {"seed": wanted.seed + i}, control, reference, told))
-    return Made(kind="views", images=found, settings=settings | {"count": wanted.count}, names=around.names)
+    files: dict[str, bytes] = {}
+    for i, images in enumerate(found):
+        if mesh is not None and wanted.mesh is not None:
+            facts = {n: v for n, v in settings.items() if v is not None} | {"seed": wanted.seed + i}
+            name = f"{wanted.mesh.stem}.glb" if wanted.count == 1 else f"{i:03}/{wanted.mesh.stem}.glb"
+            files[name] = texturing.painted(mesh, images, task.texels, facts)
+    return Made(kind="views", images=found, settings=settings, names=around.names, files=files, rate=RATE)
+
+
+def _check(task: Any, wanted: Wanted) -> None:
+    if wanted.frames is not None:
+        raise RequestError("--frames: this makes views, no video")
+    if wanted.mesh is not None and task.maps != "geometry":
+        raise RequestError(
+            "--mesh: this model is told where cameras stand, not the geometry of a mesh: use one of data.maps: "
+            "geometry, such as diffusion/mv_texture"
+        )
+    if task.maps == "geometry":
+        if wanted.mesh is None:
+            raise RequestError("this model paints the mesh it is told: give --mesh, with --prompt or --image")
+        if wanted.views not in (None, 6):
+            raise RequestError(f"--views {wanted.views}: a mesh is painted from its 6 sides")
+        if not task.conditioned:
+            raise RequestError("--mesh: this adapter has no encoder of maps: train one with method.condition: true")
+    if wanted.image is not None and not task.refers:
+        raise RequestError("this adapter has no branch for a reference image: give none, or train with reference: true")
+    if task.pipeline is not None:
+        check_size(wanted.size or (task.size, task.size), task.pipeline.vae_scale_factor)
+        if wanted.image is None and not wanted.prompt:
+            raise RequestError("give a prompt, a reference image, or both")
+        check_length(task.pipeline, prompt=wanted.prompt, negative=wanted.negative)
+        return
+    check_textless(wanted)
+    if wanted.image is None and wanted.guidance is not None:
+        raise RequestError(f"--guidance {wanted.guidance:g}: there is neither text nor --image to be guided by")
+
+
+def _settings(task: Any, wanted: Wanted, count: int, size: tuple[int, int]) -> dict[str, Any]:
+    """All that makes the views, None for what does not count; the published steps, guidance and negative prompt."""
+    usual = 7.0 if wanted.image is None else 3.0
+    guided, told = wanted.image is not None or task.pipeline is not None, task.pipeline is not None
+    paint = {"mesh": str(wanted.mesh), "texels": task.texels, "up": task.up, "front": task.front}
+    return {
+        "prompt": wanted.prompt or None,
+        "negative": (NEGATIVE if wanted.negative is None else wanted.negative) if told else None,
+        "image": None if wanted.image is None else str(wanted.image),
+        "width": size[1],
+        "height": size[0],
+        "views": count,
+        "count": wanted.count,
+        "steps": 50 if wanted.steps is None else wanted.steps,
+        "guidance": (usual if wanted.guidance is None else wanted.guidance) if guided else None,
+        "seed": wanted.seed,
+        "shift": task.shift,
+        "shift_mode": task.shift_mode,
+        **(paint if wanted.mesh is not None else {}),
+    }
 
 
 def with_pipeline(
@@ -71,12 +123,12 @@ def with_pipeline(
     before = pipeline.scheduler
     pipeline.set_progress_bar_config(disable=True)
     try:
-        pipeline.scheduler = shifted(before, settings["shift"], settings["mode"])
+        pipeline.scheduler = shifted(before, settings["shift"], settings["shift_mode"])
         images = pipeline(
-            settings["prompt"],
+            settings["prompt"] or "",
             negative_prompt=settings["negative"],
-            height=settings["size"][0],
-            width=settings["size"][1],
+            height=settings["height"],
+            width=settings["width"],
             num_images_per_prompt=settings["views"],
             num_inference_steps=settings["steps"],
             guidance_scale=settings["guidance"],
@@ -87,7 +139,7 @@ def with_pipeline(
         ).images
     finally:
         pipeline.scheduler = before
-    return (images * 255).round().clip(0, 255).astype(np.uint8)
+    return of_pipeline(images)
 
 
 @torch.no_grad()
@@ -97,7 +149,7 @@ def in_pixels(
     """The same without a pipeline, by DDIM (Song et al., 2021); guidance is that of the reference."""
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-    count, (height, width) = settings["views"], settings["size"]
+    count, height, width = (settings[name] for name in ("views", "height", "width"))
     scheduler: Any = DDIMScheduler.from_config(task.schedule.config, set_alpha_to_one=False)
     scheduler.set_timesteps(settings["steps"])
     generator = torch.Generator().manual_seed(settings["seed"])
@@ -114,12 +166,7 @@ def in_pixels(
             said = without + settings["guidance"] * (with_it - without)
         x = scheduler.step(said, step, x).prev_sample
         told(i + 1)
-    return pixels(x)
-
-
-def pixels(images: Tensor) -> np.ndarray:
-    """(N, 3, H, W) in -1 to 1 as uint8 (N, H, W, 3)."""
-    return ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return to_bytes(finite(x))
 
 
 def read_reference(path: Path, size: tuple[int, int]) -> Tensor:

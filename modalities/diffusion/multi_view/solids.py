@@ -11,11 +11,7 @@ import torch
 from torch import Tensor
 
 from modalities.diffusion.cameras import Cameras
-
-COLOURS = {
-    "red": (0.9, 0.1, 0.1), "green": (0.1, 0.7, 0.2), "blue": (0.1, 0.2, 0.9),
-    "yellow": (0.95, 0.85, 0.1), "white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0),
-}  # fmt: skip
+from modalities.diffusion.data.images import COLOURS
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_named():
 def test_an_image_becomes_the_first_frame_and_others_follow(tmp_path):
     task, told = task_of(match_colours=False), []
     path = picture(tmp_path)
-    wanted = Wanted(image=path, prompt="it moves", steps=3, count=2, seed=5)
+    wanted = Wanted(image=path, steps=3, count=2, seed=5)
     made = task.generate(wanted, progress=lambda done, total: told.append((done, total)))
     assert (made.kind, len(made.images), made.images[0].shape, made.images[0].dtype) == (
         "frames",
@@ -151,24 +151,29 @@ def test_an_image_becomes_the_first_frame_and_others_follow(tmp_path):
     assert told == [(i, 6) for i in range(1, 7)]
     again = task.generate(wanted, progress=quiet)
     assert all(np.array_equal(a, b) for a, b in zip(made.images, again.images, strict=True))
-    second = task.generate(Wanted(image=path, prompt="it moves", steps=3, seed=6), progress=quiet)
+    second = task.generate(Wanted(image=path, steps=3, seed=6), progress=quiet)
     assert np.array_equal(second.images[0], made.images[1])
-    assert made.settings["guidance"] == 7.5
-    assert made.settings["negative"].startswith("worst quality, low quality")
+    assert made.settings["guidance"] is made.settings["negative"] is None
     assert made.rate == 8
 
 
 def test_frames_size_start_and_guidance_are_as_wanted(tmp_path):
     task = task_of(start="mixed")
     path = picture(tmp_path)
-    made = task.generate(Wanted(image=path, frames=3, size=(48, 32), steps=2, guidance=1), progress=quiet)
-    assert made.images[0].shape == (3, 32, 48, 3)
+    made = task.generate(Wanted(image=path, frames=3, size=(48, 32), steps=2), progress=quiet)
+    assert made.images[0].shape == (3, 48, 32, 3)
     with pytest.raises(RequestError, match="needs an image to animate"):
         task.generate(Wanted(prompt="x"), progress=quiet)
     with pytest.raises(RequestError, match="1 frames: a video has at least 2"):
         task.generate(Wanted(image=path, frames=1), progress=quiet)
     with pytest.raises(RequestError, match="makes frames, no views"):
         task.generate(Wanted(image=path, views=4), progress=quiet)
+    with pytest.raises(RequestError, match="--prompt: this model makes pixels, without a text encoder"):
+        task.generate(Wanted(image=path, prompt="it moves"), progress=quiet)
+    with pytest.raises(RequestError, match="--guidance 2: there is no text to guide"):
+        task.generate(Wanted(image=path, guidance=2), progress=quiet)
+    with pytest.raises(RequestError, match="--size 32x24: sides go by 16 pixels here"):
+        task.generate(Wanted(image=path, size=(24, 32)), progress=quiet)
 
 
 def test_the_later_frames_take_the_first_ones_colours(tmp_path):
@@ -187,6 +192,11 @@ def test_the_short_side_is_as_asked_and_both_are_multiples(tmp_path):
         image = first_frame(picture(tmp_path, size), short, 16)
         assert image.shape == (1, 3, *wanted)
         assert -1 <= float(image.min()) < float(image.max()) <= 1
+    path = tmp_path / "halves.png"
+    Image.fromarray(np.repeat(np.uint8([[0] * 8 + [255] * 8]), 8, axis=0)).save(path)
+    image = first_frame(path, (16, 16), 16)  # of a picture of 8 x 16 the middle: half of it black, half white
+    assert image.shape == (1, 3, 16, 16)
+    assert (float(image[..., :6].max()), float(image[..., 10:].min())) == (-1, 1)
 
 
 # -- with a pipeline ---------------------------------------------------------------------------------------------------

@@ -193,7 +193,7 @@ def test_a_content_branch_sees_the_image_and_is_frozen_with_the_rest(tmp_path, s
         for x in (torch.zeros(2, 1, 5, 12), torch.ones(2, 1, 5, 12))
     ]
     assert float((outputs[0] - outputs[1]).abs().max()) > 1e-4
-    assert backbone.blank(2)["added_cond_kwargs"]["image_embeds"][0].shape == (2, 1, 1, 12)
+    assert backbone.blank(2)["added_cond_kwargs"]["image_embeds"][0].shape == (2, 1, 3, 12)
     for processor in backbone.unet.attn_processors.values():
         if hasattr(processor, "to_v_ip"):
             processor.scale = [0.0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from modalities.diffusion import i2v_adapter, mv_adapter
 from modalities.diffusion.backbones.unet import DiffusersUNet, unet_sites
+from modalities.diffusion.i2v_adapter import I2VAdapter
+from modalities.diffusion.mv_adapter import MVAdapter
 from modalities.diffusion.pipelines import attach, attached, detach, recognise
 from modalities.diffusion.res_adapter import LORA_FILES, NORM_FILES, ResAdapter, save_official
-from shared import LoRA
 from shared.errors import RequestError
-from tests.modalities.diffusion.conftest import shake
+from tests.modalities.diffusion.conftest import shake, tiny
 from tests.modalities.diffusion.pipelines import save_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' schedulers
@@ -212,32 +213,13 @@ def test_image_to_image_and_a_bare_unet_see_the_same_adapter(folders, files):
 
 
 def test_a_video_pipeline_takes_one_for_its_images(folders, files):
-    from diffusers import AnimateDiffPipeline, MotionAdapter
-
-    torch.manual_seed(0)
-    motion = MotionAdapter(
-        block_out_channels=(8, 16, 16, 16),
-        motion_layers_per_block=2,
-        motion_norm_num_groups=4,
-        motion_num_attention_heads=2,
-        motion_max_seq_length=32,
-    )
-    pipe = AnimateDiffPipeline.from_pipe(load(folders[False]), motion_adapter=motion)
-    pipe.set_progress_bar_config(disable=True)
-
-    def frames() -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        made = pipe(
-            "a cat", num_frames=2, width=64, height=64, num_inference_steps=1, generator=generator, output_type="np"
-        )
-        return torch.tensor(made.frames)
-
-    base, before = frames(), digest(pipe)
+    pipe = animated(folders)
+    base, before = frames(pipe), digest(pipe)
     model = attach(pipe, files[False].official)
     assert len(model.hosts()) == 6 + 44 // 2 + 22
-    assert float((frames() - base).abs().max()) > 1e-4
+    assert float((frames(pipe) - base).abs().max()) > 1e-4
     detach(pipe)
-    assert torch.equal(frames(), base)
+    assert torch.equal(frames(pipe), base)
     assert digest(pipe) == before
 
 
@@ -290,7 +272,7 @@ def test_released_files_are_read_by_the_library_whole(materials, folder, config)
         ("unet.mid_block.attentions.0.proj_in.lora.up.weight", "lora"),
     ],
 )
-def test_systems_are_told_by_their_keys(tmp_path, monkeypatch, key, system):
+def test_systems_are_told_by_their_keys(tmp_path, key, system):
     save_file(
         {"adapter.conv_in.bias" if "_mv" in key else "other": torch.ones(1), key: torch.ones(1)},
         tmp_path / "a.safetensors",
@@ -300,21 +282,79 @@ def test_systems_are_told_by_their_keys(tmp_path, monkeypatch, key, system):
     assert recognise(tmp_path / "a.pth") == system
 
 
-@pytest.mark.parametrize("system", ["mv_adapter", "i2v_adapter"])
-def test_each_system_loads_its_own(folders, tmp_path, monkeypatch, system):
-    key = {"mv_adapter": "attn1.processor.to_q_mv.weight", "i2v_adapter": "x.attn1.to_q_ff.weight"}[system]
-    save_file({f"mid_block.{key}": torch.ones(1)}, tmp_path / "a.safetensors")
-    asked = []
+def views(pipe, wanted=None) -> torch.Tensor:
+    return image(pipe, 64, 64, num_images_per_prompt=3, cross_attention_kwargs=wanted)
 
-    def load_official(target, path, *, name, **options):
-        asked.append((path.name, name, options))
-        target.add(LoRA(rank=1, roles="attention.query"), name=name)
 
-    monkeypatch.setitem(sys.modules, f"modalities.diffusion.{system}", SimpleNamespace(load_official=load_official))
-    pipe = load(folders[False])
-    model = attach(pipe, tmp_path / "a.safetensors", views=6)
-    assert asked == [("a.safetensors", system, {"views": 6})]
-    assert model.active == (system,)
+@pytest.mark.parametrize("base", ["sd21", "sdxl"])
+def test_a_multi_view_adapter_is_known_by_its_file(folders, tmp_path, base):
+    pipe = load(folders[base == "sdxl"])
+    if base == "sd21":
+        pipe.register_modules(unet=tiny("tiny_sd21").unet)
+    bare, before = views(pipe), digest(pipe)
+    shake(attach(pipe, MVAdapter(reference=True)), "default")
+    maps = torch.linspace(0, 1, 18).view(3, 6, 1, 1)
+    wanted = {"num_views": 3, "control": maps, "ref_latents": torch.ones(1, 4, 8, 8)}
+    expected, file = views(pipe, wanted), tmp_path / "mvadapter_i2mv.safetensors"
+    assert float((expected - bare).abs().max()) > 1e-3
+    mv_adapter.save_official(attached(pipe), file)
+    detach(pipe)
+    assert recognise(file) == "mv_adapter"
+    model = attach(pipe, file)
+    assert (model.active, model.methods["mv_adapter"].reference) == (("mv_adapter",), True)
+    assert torch.equal(views(pipe, wanted), expected)
+    detach(pipe)
+    assert torch.equal(views(pipe), bare)
+    assert digest(pipe) == before
+    other = load(folders[base != "sdxl"])
+    with pytest.raises(RequestError, match="made for another UNet .* self-attentions, .* wide.; this UNet is another"):
+        attach(other, file)
+    assert attached(other) is None
+
+
+def animated(folders) -> Any:
+    from diffusers import AnimateDiffPipeline, MotionAdapter
+
+    torch.manual_seed(0)
+    motion = MotionAdapter(
+        block_out_channels=(8, 16, 16, 16),
+        motion_layers_per_block=2,
+        motion_norm_num_groups=4,
+        motion_num_attention_heads=2,
+        motion_max_seq_length=32,
+    )
+    pipe: Any = AnimateDiffPipeline.from_pipe(load(folders[False]), motion_adapter=motion)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def frames(pipe) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    size: Any = {"num_frames": 2, "width": 64, "height": 64, "num_inference_steps": 1}
+    return torch.tensor(pipe("a cat", **size, generator=generator, output_type="np").frames)
+
+
+def test_an_image_to_video_adapter_is_known_by_its_file(folders, tmp_path):
+    pipe = animated(folders)
+    bare, before = frames(pipe), digest(pipe)
+    shake(attach(pipe, I2VAdapter()), "default", 0.5)
+    expected = frames(pipe)
+    assert float((expected - bare).abs().max()) > 1e-4
+    i2v_adapter.save_official(attached(pipe), tmp_path / "i2v.safetensors")
+    detach(pipe)
+    state = load_file(tmp_path / "i2v.safetensors")
+    torch.save({k.replace(".attn1.", ".attn1.processor."): v for k, v in state.items()}, tmp_path / "i2v_module.pth")
+    for file in (tmp_path / "i2v.safetensors", tmp_path / "i2v_module.pth"):
+        assert recognise(file) == "i2v_adapter"
+        assert attach(pipe, file).active == ("i2v_adapter",)
+        assert torch.equal(frames(pipe), expected)
+        detach(pipe)
+        assert torch.equal(frames(pipe), bare)
+        assert digest(pipe) == before
+    other = load(folders[True])
+    with pytest.raises(RequestError, match="made for another UNet than this UNet2DConditionModel: .* keys not used"):
+        attach(other, file)
+    assert attached(other) is None
 
 
 def cases(folder):

@@ -109,7 +109,7 @@ def test_pixels_are_the_samplers_and_each_image_has_its_seed():
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({"prompt": "a cat"}, "--prompt: this model makes pixels from noise, without a text encoder"),
+        ({"prompt": "a cat"}, "--prompt: this model makes pixels, without a text encoder"),
         ({"negative": "a cat"}, "--negative: this model"),
         ({"guidance": 2.0}, "--guidance 2: there is no text to be guided by"),
         ({"size": (15, 16)}, "--size 16x15: sides go by 2 pixels"),

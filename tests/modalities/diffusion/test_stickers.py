@@ -17,7 +17,8 @@ from modalities.diffusion.backbones.dfgn import DFGN, Clip
 from modalities.diffusion.clip_encoders import Latents, Texts, words
 from modalities.diffusion.data import MovingDots
 from modalities.diffusion.masks import TASKS
-from modalities.diffusion.sticker_sampling import given_frames, to_frames
+from modalities.diffusion.sampling import to_bytes
+from modalities.diffusion.sticker_sampling import given_frames
 from modalities.diffusion.stickers import StickerDenoising, hidden
 from shared import LoRA, adapt
 from shared.backbone import Backbone
@@ -207,7 +208,7 @@ def test_ddim_takes_away_the_noise_a_perfect_model_tells():
     for i, clip in enumerate(made.images):
         noise = torch.randn((1, 4, 8, 8, 8), generator=torch.Generator().manual_seed(i))[0]
         noise = (noise - kept[981].sqrt() * clean) / (1 - kept[981]).sqrt()  # what a pure start implies
-        expected = to_frames((kept[0].sqrt() * clean + (1 - kept[0]).sqrt() * noise)[:, :5])
+        expected = to_bytes((kept[0].sqrt() * clean + (1 - kept[0]).sqrt() * noise)[:, :5].transpose(0, 1))
         assert np.abs(clip.astype(int) - expected).max() <= 1
     assert made.kind == "frames"
     assert made.rate == 8.0

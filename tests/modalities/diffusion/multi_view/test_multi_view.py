@@ -272,8 +272,10 @@ def test_latents_are_trained_and_made_through_a_pipeline(tmp_path, picture, xl):
 def test_what_is_not_made_is_said(picture):
     task = pixels(method=MVAdapter(vae_factor=1))
     for wanted, message in (
-        (Wanted(mesh=picture), "a model of geometry wants maps"),
-        (Wanted(frames=3), "give no frames"),
+        (Wanted(mesh=picture), "told where cameras stand, not the geometry of a mesh: .*such as diffusion/mv_texture"),
+        (Wanted(prompt="a cat"), "--prompt: this model makes pixels, without a text encoder"),
+        (Wanted(guidance=2.0), "--guidance 2: there is neither text nor --image"),
+        (Wanted(frames=3), "--frames: this makes views"),
         (Wanted(image=picture), "no branch for a reference"),
         (Wanted(views=0), "views 0|at least 1"),
     ):
@@ -289,7 +291,7 @@ def test_what_is_not_made_is_said(picture):
         ({"fewer_views": True}, "chooses among the 6 views"),
         ({"shift": 0.0}, "shift 0: use a number above 0"),
         ({"data": GeneratedSolids(size=16, apart=True)}, "data.apart gives single images"),
-        ({"method": MVAdapter(vae_factor=1, views="row_column")}, "row_column is for the 6 sides"),
+        ({"method": MVAdapter(vae_factor=1, views="row_column")}, "views: row_column; maps: rays want views: row"),
         ({"method": ResAdapter(rank=2)}, "several views at once need an MVAdapter"),
     ],
 )
