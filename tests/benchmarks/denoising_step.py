@@ -25,8 +25,17 @@ def _res_adapter() -> Any:
     return ResAdapter(rank=16, alpha=8.0)
 
 
+def _mv_adapter() -> Any:
+    from modalities.diffusion.mv_adapter import MVAdapter
+
+    return MVAdapter(condition=False)
+
+
 # System -> its method, and whether it folds into the weights.
-SYSTEMS: dict[str, tuple[Callable[[], Any], bool]] = {"ResAdapter": (_res_adapter, True)}
+SYSTEMS: dict[str, tuple[Callable[[], Any], bool]] = {
+    "ResAdapter": (_res_adapter, True),
+    "MV-Adapter, view attention": (_mv_adapter, False),
+}
 
 
 def measure() -> Iterator[Row]:
