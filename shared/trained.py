@@ -118,7 +118,8 @@ def load(model: Any, given: Mapping[str, Tensor], source: str) -> None:
         module.resize(rank)
     mine = state(model) if ranks else mine
     with torch.no_grad():
-        torch._foreach_copy_([mine[name] for name in given], list(given.values()))  # type: ignore[reportPrivateImportUsage]
+        for name, tensor in given.items():
+            mine[name].copy_(tensor)
 
 
 def _ranks(adapters: list[tuple[str, Any]], given: Mapping[str, Tensor]) -> list[tuple[str, Any, int]]:

@@ -179,8 +179,8 @@ BANDS = {
         RUN, r"images/b\.tif: 4 bands, but a\.tif has 3", write("images/b.tif", full(3, "uint8", (4, 32, 32)))
     ),
     "a mask of three bands": Case(
-        RUN, r"masks/b\.tif: a mask has one band of class values, this file has 3",
-        write("masks/b.tif", full(1, "uint8", (3, 32, 32))),
+        RUN, r"masks/b\.tif: a mask has one band of class values, this file has 3 that differ",
+        write("masks/b.tif", lambda: np.arange(3, dtype="uint8")[:, None, None].repeat(32, 1).repeat(32, 2)),
     ),
     "a band that is not there": Case(
         "run {recipe} data.bands=[1,9] --output {out}", r"images/a\.tif: no band 9; it has 1 "

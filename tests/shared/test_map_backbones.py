@@ -71,9 +71,8 @@ REFUSED: dict[str, dict[str, str]] = {
     "AdapterShadow": dict.fromkeys(MAPS, "AdapterShadow is for the backbone SAM"),
     "BinaryAdaptFormer": {"lowformer": "no site of lowformer_b1 has role 'norm' .* with tags .'norm2'"},
     "CloudAdapter": {
-        "lowformer": "acts on tokens .BNC.; .* has BCHW",
-        "hiera": "acts on tokens .BNC.; .* has BHWC",
-        "mit": "acts on tokens .BNC.; .* has B.HW.C",
+        "lowformer": "acts on tokens .BNC or BHWC.; .* has BCHW",
+        "mit": "acts on tokens .BNC or BHWC.; .* has B.HW.C",
     },
     "CoOp": dict.fromkeys(MAPS, "no site with role 'embedding'"),
     "CorDA": {"lowformer": "weight of Conv2d; only inputs of linear layers that are called can be measured"},
@@ -82,6 +81,8 @@ REFUSED: dict[str, dict[str, str]] = {
     "MoLA": {"lowformer": "MoLA adapts linear layers"},
     "Pfeiffer": {"lowformer": "has layout BCHW: channels must come last .BNC, BHWC."},
     "Prefix": {"lowformer": "Prefix at .*attn.*: keys .* are no heads of 12 channels .*; use another method"},
+    "I2VAdapter": dict.fromkeys(MAPS, "has role 'attention' at depth 'all' with tags .'self'"),
+    "MVAdapter": dict.fromkeys(MAPS, "has role 'attention' at depth 'all' with tags .'self'"),
     "Prompt": {
         "lowformer": "BCHW: prompts go between tokens .BNC.",
         "hiera": "BHWC: prompts go between tokens",

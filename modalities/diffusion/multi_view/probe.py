@@ -43,7 +43,7 @@ def measured(images: Tensor, sample: dict[str, Any]) -> tuple[float, float]:
 def made(task: Any, sample: dict[str, Any], seed: int, steps: int) -> Tensor:
     """The views that a model makes of an object's maps, (V, 3, H, W) in 0 to 1."""
     count, _, height, width = sample["image"].shape
-    settings = {"views": count, "size": (height, width), "steps": steps, "seed": seed, "guidance": 1.0}
+    settings = {"views": count, "height": height, "width": width, "steps": steps, "seed": seed, "guidance": 1.0}
     control = sample["control"].to(task.device) if task.conditioned else None
     found = sampling.in_pixels(task, settings, control, None, lambda step: None)
     return torch.from_numpy(found).permute(0, 3, 1, 2) / 255
