@@ -95,8 +95,9 @@ def test_two_processes_share_one_cache(folder: Path, found) -> None:
     here = folder / "cached"
     cached.train(here / "alone", None)
     check_equal(here / "together", here / "alone")
-    first, second = cached.indices(here)  # two shards, in which hardly an image is twice: a last, shared batch's
-    assert cached.TRAIN + cached.CHECK <= first + second <= cached.TRAIN + cached.CHECK + 3
+    first, second = cached.indices(here)
+    # Two shards; both processes may make what both are given at once: the last image of the epoch, the checked batch.
+    assert cached.TRAIN + cached.CHECK <= first + second <= cached.TRAIN + cached.CHECK + 1 + cached.CHECK
 
 
 def test_refusals(found, tmp_path: Path) -> None:
