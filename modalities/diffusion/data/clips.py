@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from modalities.diffusion.data.images import parted
 from modalities.diffusion.frames import ANIMATIONS, over_white, read_frames
 from modalities.diffusion.keyframes import VGGFeatures, key_frames
 from modalities.diffusion.masks import frame_mask
@@ -213,10 +214,7 @@ class AnimatedStickers(_Masked):
         rows = self._listed()
         for name, _ in rows:
             _check_animated(self.folder / name)
-        order = np.random.default_rng(self.seed).permutation(len(rows)).tolist()
-        held = [round(len(rows) * share) for share in (self.validation_share, self.test_share)]
-        ends = {"validation": (0, held[0]), "test": (held[0], sum(held)), "train": (sum(held), len(rows))}
-        return {split: [rows[i] for i in order[a:b]] for split, (a, b) in ends.items()}
+        return parted(rows, self.validation_share, self.test_share, self.seed)
 
     def _listed(self) -> list[tuple[str, str]]:
         table = self.captions or self.folder / "captions.csv"

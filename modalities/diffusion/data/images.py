@@ -200,10 +200,7 @@ class CaptionedImages(ManySizes):
     def rows(self) -> dict[str, list[tuple[str, str]]]:
         """(file, caption) of every picture, by split."""
         rows = _captions(self.folder)
-        order = np.random.default_rng(self.seed).permutation(len(rows)).tolist()
-        held = [round(len(rows) * share) for share in (self.validation_share, self.test_share)]
-        ends = {"validation": (0, held[0]), "test": (held[0], sum(held)), "train": (sum(held), len(rows))}
-        return {split: [rows[i] for i in order[a:b]] for split, (a, b) in ends.items()}
+        return parted(rows, self.validation_share, self.test_share, self.seed)
 
     def count(self, split: str) -> int:
         return len(self.rows[split])
@@ -216,6 +213,14 @@ class CaptionedImages(ManySizes):
         picture = picture.resize((width, height)).crop((left, top, left + size.width, top + size.height))
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
         return {"image": image, "caption": caption, "crop": torch.tensor([top, left]), "name": name}
+
+
+def parted(rows: list[Any], validation: float, test: float, seed: int) -> dict[str, list[Any]]:
+    """Rows by split: shares of them drawn by the seed, the rest trains."""
+    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    held = [round(len(rows) * share) for share in (validation, test)]
+    ends = {"validation": (0, held[0]), "test": (held[0], sum(held)), "train": (sum(held), len(rows))}
+    return {split: [rows[i] for i in order[a:b]] for split, (a, b) in ends.items()}
 
 
 def _captions(folder: Path) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from modalities.diffusion.buckets import Draw, Size, cover
-from modalities.diffusion.data.images import COLOURS, SPLITS, ManySizes, outside
+from modalities.diffusion.data.images import COLOURS, SPLITS, ManySizes, outside, parted
 from modalities.diffusion.frames import ANIMATIONS, PICTURES, over_white, read_frames
 from shared.errors import RequestError
 
@@ -104,10 +104,7 @@ class CaptionedClips(_Clips):
     def rows(self) -> dict[str, list[tuple[str, str]]]:
         """(file, caption) of every clip, by split."""
         rows = _listed(self.folder)
-        order = np.random.default_rng(self.seed).permutation(len(rows)).tolist()
-        held = [round(len(rows) * share) for share in (self.validation_share, self.test_share)]
-        ends = {"validation": (0, held[0]), "test": (held[0], sum(held)), "train": (sum(held), len(rows))}
-        return {split: [rows[i] for i in order[a:b]] for split, (a, b) in ends.items()}
+        return parted(rows, self.validation_share, self.test_share, self.seed)
 
     def count(self, split: str) -> int:
         return len(self.rows[split])
