@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from shared.training.engine import Engine
     from shared.training.task import Task
 
-TRIED = 4  # training batches; the first one, on which all is slow, is not timed
+TRIED = 3  # training batches of a pass; the very first one, on which all is slow, is not timed
 CHECKED = 2  # validation batches
+PASSES = 2  # the first check is slow too: it loads what metrics need
 _log = logging.getLogger("omniadapt")
 
 
@@ -76,8 +77,8 @@ def predict(task: Task, data: Any, engine: Engine, output: Path) -> dict[str, An
 
 
 def plan(task: Task, data: Any, engine: Engine, output: Path) -> Plan:
-    """Train ``TRIED`` batches through ``fit`` on a copy of ``task``, which shares the frozen weights; twice where there
-    is a cache, which holds them then.
+    """Train ``TRIED`` batches twice through ``fit`` on a copy of ``task``, which shares the frozen weights; where there
+    is a cache it holds them the second time.
 
     Task, loaders and the global random states stay as they are, bit for bit; what a data set draws from a generator of
     its own does not. Works in a folder below ``output``, which it removes. Batches are taken to differ in content
@@ -91,10 +92,10 @@ def plan(task: Task, data: Any, engine: Engine, output: Path) -> Plan:
 
     if engine.processes > 1:
         raise RequestError("costs are predicted for one process")
-    passes, cache = (1, None) if engine.cache is None else (2, {**engine.cache, "views": 1})
-    began, folder, watch = time.perf_counter(), output / ".plan", _Watch(passes)
+    cache = None if engine.cache is None else {**engine.cache, "views": 1}
+    began, folder, watch = time.perf_counter(), output / ".plan", _Watch(cached=cache is not None)
     short = replace(
-        engine, epochs=passes, steps=None, patience=None, check_every=1, save_every=None, cache=cache,
+        engine, epochs=PASSES, steps=None, patience=None, check_every=1, save_every=None, cache=cache,
         monitor="train/loss",  # a metric may be undefined on so few samples
     )  # fmt: skip
     with isolate_rng(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # no progress bar either
@@ -166,15 +167,15 @@ def _first(loader: DataLoader, count: int) -> Any:
 
 
 class _Watch(Callback):
-    """Takes the times of a short training of ``passes`` epochs over the same batches, each of which ends with a check.
+    """Takes the times of a short training of ``PASSES`` epochs over the same batches, each of which ends with a check.
 
     steps, waits: seconds of each training batch, and between it and the one before.  checks: of each check, moments at
     which validation batches were done, that of its beginning first.  after: seconds from the last training batch to
     the end, its check included.
     """
 
-    def __init__(self, passes: int = 1) -> None:
-        self.passes = passes
+    def __init__(self, cached: bool = False) -> None:
+        self.cached = cached
         self.steps: list[float] = []
         self.waits: list[float] = []
         self.checks: list[list[float]] = []
@@ -210,8 +211,8 @@ class _Watch(Callback):
 
     @property
     def step(self) -> float:
-        """The median time of a batch, of the last pass; the very first batch is left out."""
-        return statistics.median(self.steps[-(len(self.steps) // self.passes) :][self.passes == 1 :] or self.steps)
+        """The median time of a batch but the very first; from a cache, of the last pass."""
+        return statistics.median(self.steps[len(self.steps) // PASSES if self.cached else 1 :])
 
     @property
     def wait(self) -> float:
@@ -234,9 +235,9 @@ class _Watch(Callback):
 
     def _filling(self, batches: int, validation: int) -> float:
         """What so many training batches and a first check take longer because the cache has not got them."""
-        if self.passes == 1:
+        if not self.cached:
             return 0.0
         first, last = self.checks[0], self.checks[-1]
-        new = statistics.median(self.steps[1 : len(self.steps) // self.passes] or self.steps[:1])
+        new = statistics.median(self.steps[1 : len(self.steps) // PASSES] or self.steps[:1])
         slower = (first[-1] - first[-2]) - (last[-1] - last[-2])
         return max(0.0, batches * (new - self.step)) + max(0.0, slower * validation)

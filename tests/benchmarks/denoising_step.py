@@ -1,8 +1,8 @@
 """What an adapter costs in a step of denoising: kept beside its layers, and folded, against the bare UNet.
 
 ``python -m tests.benchmarks.denoising_step``. Random weights in the shape of Stable Diffusion 1.5 with a fifth of its
-channels, latents of a guided pair (a batch of 2), square and at four times the width. Systems that act on activations
-have no folded form; they are one entry of ``SYSTEMS`` each.
+channels, latents of a guided pair (a batch of 2), square and at four times the width, and as a clip of 8 frames through
+the same UNet with AnimateDiff's motion modules. Systems that act on activations have no folded form.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 from tests.benchmarks.harness import Row, ratios, run
 
 CONFIG = {"sample_size": 32, "block_out_channels": (64, 128, 256, 256), "cross_attention_dim": 768}
+MOTION = {"block_out_channels": CONFIG["block_out_channels"], "use_motion_mid_block": False}
 SIZES = {"256 x 256": (32, 32), "1024 x 256": (32, 128)}  # pixels, and (height, width) of the latents
+CLIPS = {"8 frames of 128 x 128": (8, 16, 16)}
 REPEATS = 7
 
 
@@ -31,25 +33,37 @@ def _mv_adapter() -> Any:
     return MVAdapter(condition=False)
 
 
+def _i2v_adapter() -> Any:
+    from modalities.diffusion.i2v_adapter import I2VAdapter
+
+    return I2VAdapter()
+
+
 # System -> its method, and whether it folds into the weights.
-SYSTEMS: dict[str, tuple[Callable[[], Any], bool]] = {
-    "ResAdapter": (_res_adapter, True),
-    "MV-Adapter, view attention": (_mv_adapter, False),
-}
+Systems = dict[str, tuple[Callable[[], Any], bool]]
+IMAGES: Systems = {"ResAdapter": (_res_adapter, True), "MV-Adapter, view attention": (_mv_adapter, False)}
+VIDEOS: Systems = {"I2V-Adapter": (_i2v_adapter, False), "ResAdapter": (_res_adapter, True)}
 
 
 def measure() -> Iterator[Row]:
-    import torch
-
+    from modalities.diffusion.backbones.motion import MotionUNet
     from modalities.diffusion.backbones.unet import DiffusersUNet
 
-    bare = DiffusersUNet(config={**CONFIG, "in_channels": 4, "out_channels": 4}).eval()
+    config = {**CONFIG, "in_channels": 4, "out_channels": 4}
+    yield from _steps(DiffusersUNet(config=config), IMAGES, SIZES)
+    yield from _steps(MotionUNet(config=config, motion_config=MOTION), VIDEOS, CLIPS)
+
+
+def _steps(bare: Any, systems: Systems, sizes: dict[str, tuple[int, ...]]) -> Iterator[Row]:
+    import torch
+
+    bare = bare.eval()
     runs = {"another copy of the bare UNet": copy.deepcopy(bare)}
-    for name, (method, folds) in SYSTEMS.items():
+    for name, (method, folds) in systems.items():
         runs |= {f"{name}, {form}": _adapted(bare, method(), form) for form in ("separate", "folded")[: 1 + folds]}
     with torch.no_grad():
-        for size, (height, width) in SIZES.items():
-            given = (torch.randn(2, 4, height, width), torch.tensor([500]), torch.randn(2, 77, 768))
+        for size, shape in sizes.items():
+            given = (torch.randn(2, 4, *shape), torch.tensor([500]), torch.randn(2, 77, 768))
             found = ratios(
                 {n: partial(each, *given) for n, each in runs.items()}, partial(bare, *given), repeats=REPEATS
             )

@@ -134,6 +134,22 @@ def test_what_is_predicted_is_what_is_measured(tmp_path, monkeypatch, engine, ba
     assert found.peak_memory_bytes == pytest.approx(cost["peak_memory_bytes"], rel=0.1)
 
 
+def test_a_first_check_that_is_slow_is_not_taken_for_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", lambda: Slow.now)
+
+    class Cold(Slow):
+        checked = 0
+
+        def evaluate(self, batch):
+            Slow.now += 5.0 * (Cold.checked == 0)  # as where the metrics' library is imported
+            Cold.checked += 1
+            super().evaluate(batch)
+
+    chosen, data = Engine(epochs=4, check_every=2, device="cpu"), Data(count=40, checks=24)
+    found = plan.plan(Cold(line().model, Optimiser(learning_rate=1e-2)), data, chosen, tmp_path)
+    assert found.train_seconds == pytest.approx(40 * 0.02 + 2 * 6 * 0.01)
+
+
 def test_the_parts_of_a_training_add_up():
     watch = plan._Watch()
     watch.steps, watch.waits, watch.checks, watch.after = (
@@ -158,7 +174,7 @@ def test_few_batches_of_the_data_are_read(tmp_path):
 
     data.training.__class__ = data.checking.__class__ = Counted
     plan.plan(line(), data, EPOCHS, tmp_path)
-    assert len(read) == 4 * (plan.TRIED + 2 * plan.CHECKED)  # validation, and what stands for the test
+    assert len(read) == 4 * (plan.PASSES * (plan.TRIED + plan.CHECKED) + plan.CHECKED)  # what stands for the test
 
 
 def test_a_prediction_that_fails_is_a_line_in_the_log(tmp_path, caplog):
