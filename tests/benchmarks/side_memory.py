@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tests.benchmarks.harness import Row, fresh, peak, ratios, run
@@ -77,29 +77,26 @@ def sizes(method: str, settings: dict[str, Any], batch: int, depth: int) -> dict
     return {"kept": sum(kept.values()) * batch / 2**20, "peak": peak() - before, "weights": weights}
 
 
-def measure(batch: int = 8, depth: int = 4, repeats: int = 7, methods: dict[str, str] | None = None) -> list[Row]:
-    rows: list[Row] = []
+def measure(batch: int = 8, depth: int = 4, repeats: int = 7, methods: dict[str, str] | None = None) -> Iterator[Row]:
     for name, method in (METHODS if methods is None else methods).items():
         steps = {label: build(method, settings, batch, depth)[1] for label, settings in SETTINGS.items()}
         times = ratios({k: s for k, s in steps.items() if k != "nothing"}, steps["nothing"], repeats=repeats)
         for label, spread in times.items():
-            rows.append(Row(f"{name}: {label}", "step time / without", *spread))
-        rows += _sizes(name, {label: (method, settings) for label, settings in SETTINGS.items()}, batch, depth)
+            yield Row(f"{name}: {label}", "step time / without", *spread)
+        yield from _sizes(name, {label: (method, settings) for label, settings in SETTINGS.items()}, batch, depth)
     if methods is None:
-        rows += _sizes("S2A", {label: (method, {}) for label, method in S2A.items()}, batch, depth)
-    return rows
+        yield from _sizes("S2A", {label: (method, {}) for label, method in S2A.items()}, batch, depth)
 
 
-def _sizes(name: str, cases: dict[str, tuple[str, dict]], batch: int, depth: int) -> list[Row]:
-    rows, first = [], None
+def _sizes(name: str, cases: dict[str, tuple[str, dict]], batch: int, depth: int) -> Iterator[Row]:
+    first = None
     for label, (method, settings) in cases.items():
         here = json.dumps([method, settings, batch, depth])
         found = fresh("tests.benchmarks.side_memory", "--here", here)
         first = first or found
         for what in ("kept", "peak", "weights"):
             value, note = found[what] / max(first[what], 1.0), f"{found[what]:.0f} MiB"
-            rows.append(Row(f"{name}: {label}", f"{what} / first", value, value, value, note=note))
-    return rows
+            yield Row(f"{name}: {label}", f"{what} / first", value, value, value, note=note)
 
 
 if __name__ == "__main__":
