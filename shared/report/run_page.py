@@ -28,7 +28,7 @@ def write_run_page(folder: Path, recipe: Recipe, found: Mapping[str, Any], pictu
         random_note(found),
         page.section("Test split", page.table(("", ""), score_rows(found["test"])), page.lead(chosen(found))),
         *per_class(found["test"]),
-        page.section("Training", page.figures(_curves(folder / "metrics.csv"))),
+        page.section("Training", *_training(folder / "metrics.csv")),
         _pictures(pictures),
         *_confusions(found),
         page.section("Size and cost", page.table(("", "predicted", "measured"), cost_rows(found)), page.lead(COST)),
@@ -138,9 +138,22 @@ def per_class(results: Mapping[str, Any]) -> list[str]:
     return [page.section(title, page.bars(values, support, unit)) for title, values in titled.items()]
 
 
-def _curves(path: Path) -> dict[str, str]:
-    """A chart for each measured quantity: training and validation share one, and so do the classes."""
-    charts: dict[str, dict[str, tuple[list[float], list[float]]]] = defaultdict(dict)
+def _training(path: Path) -> Iterator[str]:
+    """A chart for each quantity that was measured more than once, and a table of the others."""
+    charts = _measured(path)
+    lines = {name: each for name, each in charts.items() if any(len(xs) > 1 for xs, _ in each.values())}
+    yield page.figures({spelled(name): plots.curves(each, "step") for name, each in lines.items()})
+    once = [
+        (f"{spelled(name)}{',' if line in ('train', 'validation') else ''} {line}", number(ys[0]), str(xs[0]))
+        for name, each in charts.items() if name not in lines for line, (xs, ys) in each.items()
+    ]  # fmt: skip
+    if once:
+        yield page.table(("measured once", "", "step"), once)
+
+
+def _measured(path: Path) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
+    """By quantity and line, steps and values: training and validation are lines of one quantity, and so are classes."""
+    charts: dict[str, dict[str, tuple[list[int], list[float]]]] = defaultdict(dict)
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             for name, text in row.items():
@@ -151,8 +164,7 @@ def _curves(path: Path) -> dict[str, str]:
                     xs.append(int(row["step"]))
                     ys.append(float(text))
     charts.pop("support", None)
-    ranked = sorted(charts, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
-    return {spelled(name): plots.curves(charts[name], "step") for name in ranked}
+    return {name: charts[name] for name in sorted(charts, key=lambda n: (*_FIRST, n).index(n))}
 
 
 def _pictures(pictures: plots.Pictures | None) -> str:

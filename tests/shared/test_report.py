@@ -243,6 +243,7 @@ def test_numbers_and_names_read_as_people_write_them():
 def test_curves_are_read_from_the_metrics_file(tmp_path):
     rows = [
         {"step": 0, "epoch": 0, "train/loss": 3, "learning_rate": 0.1},
+        {"step": 1, "epoch": 0, "train/loss": 2.5, "learning_rate": 0.05},
         {"step": 1, "epoch": 0, "validation/loss": 2, "validation/iou/cloud": 0.5, "validation/support/cloud": 9},
         {"step": 1, "epoch": 0, "test/loss": 1},
     ]
@@ -251,4 +252,11 @@ def test_curves_are_read_from_the_metrics_file(tmp_path):
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    assert list(run_page._curves(tmp_path / "metrics.csv")) == ["loss", "IoU", "learning rate"]
+    measured = run_page._measured(tmp_path / "metrics.csv")
+    assert list(measured) == ["loss", "iou", "learning_rate"]
+    assert measured["loss"] == {"train": ([0, 1], [3.0, 2.5]), "validation": ([1], [2.0])}
+    figures, table = run_page._training(tmp_path / "metrics.csv")
+    assert figures.count("<svg") == 2  # loss and learning rate
+    assert "<td>IoU cloud</td>" in table
+    assert "0.5000" in table
+    assert "loss" not in table
