@@ -144,7 +144,7 @@ def _training(path: Path) -> Iterator[str]:
     lines = {name: each for name, each in charts.items() if any(len(xs) > 1 for xs, _ in each.values())}
     yield page.figures({spelled(name): plots.curves(each, "step") for name, each in lines.items()})
     once = [
-        (f"{spelled(name)}{',' if line in ('train', 'validation') else ''} {line}", number(ys[0]), str(xs[0]))
+        (f"{spelled(name)}{',' if line in ('train', 'validation') else ''} {line}".strip(), number(ys[0]), str(xs[0]))
         for name, each in charts.items() if name not in lines for line, (xs, ys) in each.items()
     ]  # fmt: skip
     if once:
