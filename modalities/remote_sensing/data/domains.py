@@ -14,12 +14,12 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from modalities.remote_sensing.data.biome import BANDS, CLASSES
 from modalities.remote_sensing.data.folders import FolderScenes
 from modalities.remote_sensing.data.generated import GeneratedSource
-from modalities.remote_sensing.data.rasters import Window
 from modalities.remote_sensing.data.samples import Tiles
 from modalities.remote_sensing.data.scenes import Scenes
 from modalities.remote_sensing.data.splits import split_scenes
-from modalities.remote_sensing.data.statistics import IGNORE, Source
+from modalities.remote_sensing.data.statistics import Source
 from shared.errors import RequestError
+from shared.rasters import IGNORE, Window
 
 SOURCE, TARGET = 0, 1
 

@@ -8,14 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from modalities.remote_sensing.data.band_files import gather, open_stack, read_stack_header
-from modalities.remote_sensing.data.masks import Labels, read_mask
-from modalities.remote_sensing.data.rasters import Header, Window, read_header, read_image
 from modalities.remote_sensing.data.scenes import Scenes
-from modalities.remote_sensing.data.search import rasters_below
 from modalities.remote_sensing.data.splits import scene_of, split_scenes
-from modalities.remote_sensing.data.statistics import IGNORE
 from shared.errors import RequestError
+from shared.rasters import (
+    IGNORE,
+    Header,
+    Labels,
+    Window,
+    gather,
+    open_stack,
+    rasters_below,
+    read_header,
+    read_image,
+    read_mask,
+    read_stack_header,
+)
 
 
 class FolderScenes(Scenes):
@@ -27,7 +35,7 @@ class FolderScenes(Scenes):
         palette pictures), or a list of such (0, 1, 2 ... if not given).
     ignore_value: what of mask files stands for no label, stated in the same way.
     band_files: where every band is a file of its own, for each band how the name of its files is, with ``*`` for the
-        scene: ``{red: "red_*", nir: "nir_*"}`` (see ``band_files.gather``). They give ``band_names``.
+        scene: ``{red: "red_*", nir: "nir_*"}`` (see ``shared.rasters.gather``). They give ``band_names``.
     mask_files: the same for masks, which may then lie in the folder of the images: ``"gt_*"``.
     bands: which bands, by name or by number from 1, in the order wanted (all if not given).
     band_names: names of all bands of a file, in its order (as the files describe them if not given).

@@ -10,9 +10,9 @@ import numpy as np
 
 from modalities.remote_sensing.data.noise import fractal
 from modalities.remote_sensing.data.pairs import CHANGE, Pairs
-from modalities.remote_sensing.data.rasters import Georeference, Window, write_raster
 from modalities.remote_sensing.data.splits import split_scenes
 from shared.errors import RequestError
+from shared.rasters import Georeference, Window, write_raster
 
 BANDS: tuple[str, ...] = ("red", "green", "blue")
 PIXEL = 0.5  # metres

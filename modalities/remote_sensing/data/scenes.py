@@ -14,17 +14,11 @@ from torch.utils.data import DataLoader, Sampler
 from modalities.remote_sensing.data.composites import shown
 from modalities.remote_sensing.data.samples import Tiles
 from modalities.remote_sensing.data.splits import SPLITS, Split
-from modalities.remote_sensing.data.statistics import (
-    IGNORE,
-    Normalisation,
-    Source,
-    Survey,
-    given,
-    measured,
-    survey,
-)
+from modalities.remote_sensing.data.statistics import Source, Survey, measured, survey
 from modalities.remote_sensing.data.tiling import Tile, tiles
 from shared.errors import RequestError
+from shared.normalisation import Normalisation, given
+from shared.rasters import IGNORE
 from shared.training.order import EpochSampler
 
 
