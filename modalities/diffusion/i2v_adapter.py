@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modalities.diffusion.backbones.unet import unet_sites
+from modalities.diffusion.backbones.unet_sites import unet_sites
 from shared.adapted import Adapted
 from shared.adapter import Adapter
 from shared.backbone import Backbone

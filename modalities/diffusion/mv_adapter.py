@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from modalities.diffusion.backbones.unet import unet_sites
+from modalities.diffusion.backbones.unet_sites import unet_sites
 from modalities.diffusion.mv_attention import ViewAttention
 from modalities.diffusion.mv_condition import Conditioning, condition_encoder
 from shared import weights

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modalities.diffusion.backbones.unet import DiffusersUNet, unet_sites
+from modalities.diffusion.backbones.unet import DiffusersUNet
+from modalities.diffusion.backbones.unet_sites import unet_sites
 from modalities.diffusion.i2v_adapter import I2VAdapter, I2VAttention, is_official, load_official, save_official
 from shared import Adapted, adapt
 from shared.errors import RequestError

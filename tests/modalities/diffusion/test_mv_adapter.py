@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from modalities.diffusion.backbones.unet import DiffusersUNet, unet_sites
+from modalities.diffusion.backbones.unet import DiffusersUNet
+from modalities.diffusion.backbones.unet_sites import unet_sites
 from modalities.diffusion.mv_adapter import MVAdapter
 from modalities.diffusion.mv_attention import ViewAttention, attend, rows, rows_and_columns
 from shared import Adapted, adapt, taxonomy

@@ -7,7 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from modalities.diffusion.backbones.unet import CONFIGS, DiffusersUNet, unet_sites
+from modalities.diffusion.backbones.unet import CONFIGS, DiffusersUNet
+from modalities.diffusion.backbones.unet_sites import unet_sites
 from modalities.diffusion.mv_adapter import MVAdapter, is_official, load_official, official_names, save_official
 from shared import adapt
 from shared.errors import RequestError

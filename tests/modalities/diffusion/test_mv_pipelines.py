@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from modalities.diffusion.backbones.unet import unet_sites
+from modalities.diffusion.backbones.unet_sites import unet_sites
 from modalities.diffusion.mv_adapter import MVAdapter
 from shared import Adapted, adapt
 from tests.modalities.diffusion.conftest import inputs, shake, tiny

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modalities.diffusion import i2v_adapter, mv_adapter
-from modalities.diffusion.backbones.unet import DiffusersUNet, unet_sites
+from modalities.diffusion.backbones.unet import DiffusersUNet
+from modalities.diffusion.backbones.unet_sites import unet_sites
 from modalities.diffusion.i2v_adapter import I2VAdapter
 from modalities.diffusion.mv_adapter import MVAdapter
 from modalities.diffusion.pipelines import attach, attached, detach, recognise
