@@ -12,7 +12,6 @@ from modalities.remote_sensing.data.atmosphere import draw_clouds, draw_sun, loo
 from modalities.remote_sensing.data.biome import BANDS, CLASSES
 from modalities.remote_sensing.data.landscape import BIOMES, PIXEL, landscape
 from modalities.remote_sensing.data.scenes import Scenes
-from modalities.remote_sensing.data.splits import split_scenes
 from shared.errors import RequestError
 from shared.rasters import IGNORE, Georeference, Window, write_raster
 
@@ -102,18 +101,9 @@ class GeneratedScenes(Scenes):
     ):
         self._made = GeneratedSource(count, size, tuple(bands), seed)
         super().__init__(
-            self._made,
-            self._made.names,
-            split_scenes(self._made.names, validation=validation, test=test, seed=seed),
-            classes=CLASSES,
-            tile=tile,
-            overlap=overlap,
-            normalisation=normalisation,
-            batch_size=batch_size,
-            workers=workers,
-            seed=seed,
-            augment=augment,
-        )
+            self._made, self._made.names, CLASSES, validation=validation, test=test, tile=tile, overlap=overlap,
+            normalisation=normalisation, batch_size=batch_size, workers=workers, seed=seed, augment=augment,
+        )  # fmt: skip
 
     def write(self, folder: str | Path) -> None:
         """Write georeferenced ``folder/images/<name>.tif`` (float32) and ``folder/masks/<name>.tif`` (class indices),

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from modalities.remote_sensing.data.folders import _chosen, _files, _same_place
+from modalities.remote_sensing.data.files import check_place, chosen_bands, files_by_name
 from modalities.remote_sensing.data.samples import Tiles
 from modalities.remote_sensing.data.scenes import Scenes
-from modalities.remote_sensing.data.splits import scene_of, split_scenes
+from modalities.remote_sensing.data.splits import scene_of
 from shared.errors import RequestError
 from shared.rasters import IGNORE, Labels, Window, check_grid, of_two_dates, open_pair, read_header, read_mask
 
@@ -84,20 +84,11 @@ class FolderPairs(Pairs):
             files, Labels(CHANGE, label_values, ignore_value), bands=bands, band_names=band_names, layout=layout,
             fill=fill, reproject=reproject,
         )  # fmt: skip
-        scene_names = [scene_of(name, group) for name in source.names]
         super().__init__(
-            source,
-            scene_names,
-            split_scenes(scene_names, validation=validation, test=test, seed=seed),
-            classes=CHANGE,
-            tile=tile,
-            overlap=overlap,
-            normalisation=normalisation,
-            batch_size=batch_size,
-            workers=workers,
-            seed=seed,
+            source, [scene_of(name, group) for name in source.names], CHANGE, validation=validation, test=test,
+            tile=tile, overlap=overlap, normalisation=normalisation, batch_size=batch_size, workers=workers, seed=seed,
             augment=augment,
-        )
+        )  # fmt: skip
 
 
 class PairSource:
@@ -112,7 +103,7 @@ class PairSource:
         self.names = list(files)
         headers = [read_header(before, layout=layout) for before, _, _ in self._files]
         self.sizes = [(header.height, header.width) for header in headers]
-        numbers, self.band_names = _chosen(headers[0], bands, band_names)
+        numbers, self.band_names = chosen_bands(headers[0], bands, band_names)
         self.file_bands = headers[0].band_names
         self.reading = {"bands": numbers, "layout": layout, "fill": fill}
         for header, (_, after, mask) in zip(headers, self._files, strict=True):
@@ -122,7 +113,7 @@ class PairSource:
                     raise RequestError(f"{one.path}: {one.bands} bands, {headers[0].path} has {headers[0].bands}")
             if not reproject:
                 check_grid(header, later)
-            _same_place(header, read_header(mask))
+            check_place(header, read_header(mask))
 
     def read(self, index: int, window: Window) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         before, after, path = self._files[index]
@@ -148,7 +139,7 @@ def matched(folder: Path, names: tuple[str, ...]) -> dict[str, tuple[Path, ...]]
 
 def partners(folders: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
     """{path without suffix: the file in each folder}. Raises RequestError for one that is not in all of them."""
-    files = [_files(folder) for folder in folders]
+    files = [files_by_name(folder) for folder in folders]
     for name in sorted(set().union(*files)):
         for folder, own in zip(folders, files, strict=True):
             if name not in own:

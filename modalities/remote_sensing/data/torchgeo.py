@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Subset
 
 from modalities.remote_sensing.data.composites import shown
-from modalities.remote_sensing.data.folders import choose
+from modalities.remote_sensing.data.files import choose
 from modalities.remote_sensing.data.splits import SPLITS, split_scenes
 from modalities.remote_sensing.data.statistics import Survey, measured
 from modalities.remote_sensing.data.torchgeo_naming import build_dataset, build_sampler, installed
