@@ -26,7 +26,7 @@ def _res_adapter() -> Any:
 
 
 def _mv_adapter() -> Any:
-    from modalities.diffusion.mv_adapter import MVAdapter
+    from modalities.diffusion.multi_view.mv_adapter import MVAdapter
 
     return MVAdapter(condition=False)
 

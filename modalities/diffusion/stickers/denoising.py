@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modalities.diffusion.clip_encoders import Latents, Texts
 from modalities.diffusion.denoising import ErrorBySize
 from modalities.diffusion.masks import FAMILIES, TASKS, Condition, condition, masked_condition, masked_loss
 from modalities.diffusion.sampling import to_bytes
-from modalities.diffusion.sticker_sampling import Sampler, generate
+from modalities.diffusion.stickers.clip_encoders import Latents, Texts
+from modalities.diffusion.stickers.sampling import Sampler, generate
 from shared.adapted import Adapted
 from shared.errors import RequestError
 from shared.generating import Made, Wanted
@@ -31,7 +31,7 @@ class StickerDenoising(Task):
     ``t5_hidden_states``, and says ``latent_channels``, ``text_width`` and ``frames``: a ``DFGN``, or any such UNet.
     data: it gives ``bands``, ``size``, ``frames`` and ``rate``; its batches hold ``clip`` (B, bands, F, H, W) in -1 to
     1, ``frame_mask`` (B, F), ``caption`` and ``name``.
-    autoencoder, text_encoder, t5: frozen, see ``modalities.diffusion.clip_encoders``; None: pixels; words as fixed
+    autoencoder, text_encoder, t5: frozen, see ``stickers.clip_encoders``; None: pixels; words as fixed
     vectors; no T5.
     tasks: those trained and evaluated.  schedule, adaptive: of the curriculum (``shared.training.curriculum``).
     curriculum_share: part of the training after which its weights by step stay.
@@ -189,7 +189,7 @@ class StickerDenoising(Task):
     # -- generation ------------------------------------------------------------------------------------------------
 
     def generate(self, wanted: Wanted, *, progress: Callable[[int, int], None]) -> Made:
-        """Clips from a prompt, from frames (``wanted.image``), or both; see ``modalities.diffusion.sticker_sampling``.
+        """Clips from a prompt, from frames (``wanted.image``), or both; see ``modalities.diffusion.stickers.sampling``.
 
         An image stands first; the frames of an animated one come first, the rest is predicted; of a folder, the number
         in a picture's name is its place from 0, so that any frames can be given and the others are made between, before

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from modalities.diffusion import meshes
-from modalities.diffusion.meshes import Mesh, normalised, read_mesh, save_glb, unwrapped
-from modalities.diffusion.texture import overlap, with_uv
+from modalities.diffusion.geometry import meshes
+from modalities.diffusion.geometry.meshes import Mesh, normalised, read_mesh, save_glb, unwrapped
+from modalities.diffusion.geometry.texture import overlap, with_uv
 from shared.errors import RequestError, WorkError
 from tests.modalities.diffusion.shapes import box, plate, sphere, torus, trimesh
 

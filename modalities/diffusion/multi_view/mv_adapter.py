@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from modalities.diffusion.backbones.unet_sites import unet_sites
-from modalities.diffusion.mv_attention import ViewAttention
-from modalities.diffusion.mv_condition import Conditioning, condition_encoder
+from modalities.diffusion.multi_view.attention import ViewAttention
+from modalities.diffusion.multi_view.condition import Conditioning, condition_encoder
 from shared import weights
 from shared.adapted import Adapted
 from shared.adapter import Adapter

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from modalities.diffusion.backbones.motion import MotionUNet
-from modalities.diffusion.i2v_adapter import I2VAdapter
-from modalities.diffusion.image_to_video import ImageToVideoDenoising, first_frame, keep_first_frame, sampled
-from modalities.diffusion.starts import started
-from modalities.diffusion.vision import Vision
+from modalities.diffusion.video.i2v_adapter import I2VAdapter
+from modalities.diffusion.video.image_to_video import ImageToVideoDenoising, first_frame, keep_first_frame, sampled
+from modalities.diffusion.video.starts import started
+from modalities.diffusion.video.vision import Vision
 from shared import Adapted, adapt
 from shared.errors import RequestError
 from shared.generating import Wanted
@@ -177,7 +177,7 @@ def test_frames_size_start_and_guidance_are_as_wanted(tmp_path):
 
 
 def test_the_later_frames_take_the_first_ones_colours(tmp_path):
-    from modalities.diffusion.colour import match_colours
+    from modalities.diffusion.video.colour import match_colours
 
     path = picture(tmp_path)
     wanted = Wanted(image=path, steps=2, seed=1)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from modalities.diffusion.cameras import (
+from modalities.diffusion.geometry.cameras import (
     SIDES,
     VIEWS,
     Cameras,

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from modalities.diffusion.cameras import Cameras, geometry_guided, orthographic, perspective
-from modalities.diffusion.meshes import Mesh, glb_metadata, normalised, read_mesh, unwrapped
-from modalities.diffusion.rendering import Rays, render
-from modalities.diffusion.texture import (
+from modalities.diffusion.geometry.cameras import Cameras, geometry_guided, orthographic, perspective
+from modalities.diffusion.geometry.meshes import Mesh, glb_metadata, normalised, read_mesh, unwrapped
+from modalities.diffusion.geometry.rendering import Rays, render
+from modalities.diffusion.geometry.texture import (
     Trust,
     bake,
     bicubic,

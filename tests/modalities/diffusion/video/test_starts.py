@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from modalities.diffusion.colour import match_colours, matched, to_lab, to_rgb
-from modalities.diffusion.image_to_video import sampled
-from modalities.diffusion.starts import blurred, degraded, related, started
+from modalities.diffusion.video.colour import match_colours, matched, to_lab, to_rgb
+from modalities.diffusion.video.image_to_video import sampled
+from modalities.diffusion.video.starts import blurred, degraded, related, started
 from shared.errors import RequestError
 
 

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modalities.diffusion.cameras import Cameras, perspective
-from modalities.diffusion.meshes import Mesh
-from modalities.diffusion.rendering import Rays, render
-from modalities.diffusion.texture import FAR, Texels, Trust, depth_gradients, project
+from modalities.diffusion.geometry.cameras import Cameras, perspective
+from modalities.diffusion.geometry.meshes import Mesh
+from modalities.diffusion.geometry.rendering import Rays, render
+from modalities.diffusion.geometry.texture import FAR, Texels, Trust, depth_gradients, project
 from shared.errors import RequestError, WorkError
 
 # image (3, H, W), holes (H, W) bool, object (H, W) bool -> image (3, H, W) with the holes painted

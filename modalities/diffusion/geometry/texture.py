@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modalities.diffusion.cameras import Cameras, geometry_guided
-from modalities.diffusion.meshes import Mesh, library, normalised, read_mesh, save_glb, unwrapped
-from modalities.diffusion.rendering import Raster, Render, render, unfolded
+from modalities.diffusion.geometry.cameras import Cameras, geometry_guided
+from modalities.diffusion.geometry.meshes import Mesh, library, normalised, read_mesh, save_glb, unwrapped
+from modalities.diffusion.geometry.rendering import Raster, Render, render, unfolded
 from shared.errors import RequestError, WorkError
 
 Upscaler = Callable[[Tensor], Tensor]  # images (V, 3, H, W) in 0 to 1 to larger ones

@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from modalities.diffusion.backbones.dfgn import DFGN, Clip
-from modalities.diffusion.clip_encoders import Latents, Texts, words
 from modalities.diffusion.data import MovingDots
 from modalities.diffusion.masks import TASKS
 from modalities.diffusion.sampling import to_bytes
-from modalities.diffusion.sticker_sampling import given_frames
-from modalities.diffusion.stickers import StickerDenoising, hidden
+from modalities.diffusion.stickers.clip_encoders import Latents, Texts, words
+from modalities.diffusion.stickers.denoising import StickerDenoising, hidden
+from modalities.diffusion.stickers.sampling import given_frames
 from shared import LoRA, adapt
 from shared.backbone import Backbone
 from shared.errors import RequestError

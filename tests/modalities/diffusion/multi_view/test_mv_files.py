@@ -9,7 +9,13 @@ from safetensors.torch import load_file, save_file
 
 from modalities.diffusion.backbones.unet import CONFIGS, DiffusersUNet
 from modalities.diffusion.backbones.unet_sites import unet_sites
-from modalities.diffusion.mv_adapter import MVAdapter, is_official, load_official, official_names, save_official
+from modalities.diffusion.multi_view.mv_adapter import (
+    MVAdapter,
+    is_official,
+    load_official,
+    official_names,
+    save_official,
+)
 from shared import adapt
 from shared.errors import RequestError
 from tests.modalities.diffusion.conftest import inputs, shake, tiny

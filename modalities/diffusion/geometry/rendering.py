@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modalities.diffusion import cameras as views
-from modalities.diffusion.cameras import Cameras
-from modalities.diffusion.meshes import Mesh, library
+from modalities.diffusion.geometry import cameras as views
+from modalities.diffusion.geometry.cameras import Cameras
+from modalities.diffusion.geometry.meshes import Mesh, library
 from shared.errors import RequestError
 
 RAYS = 2**19  # cast at once: bounds the memory of a large image

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modalities.diffusion.backbones.unet_sites import unet_sites
-from modalities.diffusion.mv_adapter import MVAdapter
+from modalities.diffusion.multi_view.mv_adapter import MVAdapter
 from shared import Adapted, adapt
 from tests.modalities.diffusion.conftest import inputs, shake, tiny
 from tests.modalities.diffusion.pipelines import save_pipeline

@@ -20,7 +20,7 @@ from shared.errors import RequestError
 from shared.generating import Made, Wanted
 
 if TYPE_CHECKING:
-    from modalities.diffusion.stickers import StickerDenoising
+    from modalities.diffusion.stickers.denoising import StickerDenoising
 
 STEPS = 50
 

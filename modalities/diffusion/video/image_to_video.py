@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modalities.diffusion.backbones.motion import MotionUNet
-from modalities.diffusion.colour import match_colours
 from modalities.diffusion.data.images import read_picture
 from modalities.diffusion.denoising import Denoising
 from modalities.diffusion.sampling import check_length, check_size, check_textless, finite, to_bytes
-from modalities.diffusion.starts import started
-from modalities.diffusion.vision import Vision
+from modalities.diffusion.video.colour import match_colours
+from modalities.diffusion.video.starts import started
+from modalities.diffusion.video.vision import Vision
 from shared.adapted import Adapted
 from shared.errors import RequestError
 from shared.generating import Made, Wanted
@@ -32,10 +32,10 @@ class ImageToVideoDenoising(Denoising):
     guidance; the first frame never is.
     image_encoder: where the backbone has a content branch and the pipeline no image encoder, the folder or Hugging Face
     name of a CLIP vision model ("h94/IP-Adapter/models/image_encoder").
-    start: what generated frames start from, the frame similarity ``prior`` or noise (``modalities.diffusion.starts``).
+    start: what generated frames start from, the frame similarity ``prior`` or noise (``video.starts``).
     prior_t: the timestep to start at, of 1000; None is the sampler's first. Fewer keep more of the image.
     mask_p: of the prior, the share of blurred elements.  match_colours: whether generated frames take the colours of
-    the first (``modalities.diffusion.colour``).
+    the first (``video.colour``).
     """
 
     steps: ClassVar[int] = 25

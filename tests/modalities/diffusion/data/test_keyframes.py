@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from modalities.diffusion.keyframes import VGGFeatures, clusters, key_frames, luv, reflected
+from modalities.diffusion.data.keyframes import VGGFeatures, clusters, key_frames, luv, reflected
 from shared.errors import RequestError
 
 

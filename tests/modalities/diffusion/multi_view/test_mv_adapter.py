@@ -13,8 +13,8 @@ import torch
 
 from modalities.diffusion.backbones.unet import DiffusersUNet
 from modalities.diffusion.backbones.unet_sites import unet_sites
-from modalities.diffusion.mv_adapter import MVAdapter
-from modalities.diffusion.mv_attention import ViewAttention, attend, rows, rows_and_columns
+from modalities.diffusion.multi_view.attention import ViewAttention, attend, rows, rows_and_columns
+from modalities.diffusion.multi_view.mv_adapter import MVAdapter
 from shared import Adapted, adapt, taxonomy
 from shared.errors import RequestError
 from tests.modalities.diffusion.conftest import inputs, shake, tiny

@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from modalities.diffusion.cameras import orthographic
-from modalities.diffusion.meshes import Mesh, unwrapped
-from modalities.diffusion.repainting import Repainting, pull_push
-from modalities.diffusion.texture import Trust, bake, surface_texels
+from modalities.diffusion.geometry.cameras import orthographic
+from modalities.diffusion.geometry.meshes import Mesh, unwrapped
+from modalities.diffusion.geometry.repainting import Repainting, pull_push
+from modalities.diffusion.geometry.texture import Trust, bake, surface_texels
 from shared.errors import RequestError, WorkError
 from tests.modalities.diffusion.shapes import sphere
 

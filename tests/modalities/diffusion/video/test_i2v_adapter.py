@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modalities.diffusion.backbones.unet import DiffusersUNet
 from modalities.diffusion.backbones.unet_sites import unet_sites
-from modalities.diffusion.i2v_adapter import I2VAdapter, I2VAttention, is_official, load_official, save_official
+from modalities.diffusion.video.i2v_adapter import I2VAdapter, I2VAttention, is_official, load_official, save_official
 from shared import Adapted, adapt
 from shared.errors import RequestError
 from shared.taxonomy import count

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from modalities.diffusion import cameras as views
-from modalities.diffusion.cameras import geometry_guided, orthographic, perspective
-from modalities.diffusion.meshes import Mesh, normalised, read_mesh
-from modalities.diffusion.rendering import Rays, geometry_maps, render, sampled, unfolded
+from modalities.diffusion.geometry import cameras as views
+from modalities.diffusion.geometry.cameras import geometry_guided, orthographic, perspective
+from modalities.diffusion.geometry.meshes import Mesh, normalised, read_mesh
+from modalities.diffusion.geometry.rendering import Rays, geometry_maps, render, sampled, unfolded
 from shared.errors import RequestError
 from tests.modalities.diffusion.shapes import box, colour, plate, sphere
 
