@@ -34,6 +34,12 @@ def build(make: Callable[[], M], seed: int) -> M:
     return model if device.type == "meta" else model.to(device)
 
 
+def check_choice(name: str, weights: str, checkpoint: str | None) -> None:
+    """Raises RequestError where random weights and those of a file are asked for at once."""
+    if weights == "random" and checkpoint is not None:
+        raise RequestError(f"{name}: weights 'random' and checkpoint {checkpoint!r} exclude each other")
+
+
 def is_meta(model: nn.Module) -> bool:
     """Whether a model has shapes only: nothing is read or fetched for it."""
     return any(p.is_meta for p in model.parameters())

@@ -34,6 +34,7 @@ SYSTEMS = {
     "i2v_adapter": r"\.attn1\.(processor\.)?to_(q|out)_ff\b",
     "res_adapter": r"lora_unet_\w+samplers_\d+_conv\.|^(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.resnets\.\d+\.norm",
 }
+_MODULES = {"mv_adapter": "multi_view.mv_adapter", "i2v_adapter": "video.i2v_adapter", "res_adapter": "res_adapter"}
 _MOTION = re.compile(r"temporal_transformer|motion_modules")
 _RECORD = "_omniadapt"  # in the UNet's own dictionary, where neither its state nor its modules see it
 
@@ -108,7 +109,8 @@ def load(
     if isinstance(adapter, Method):
         model.add(adapter, name=name)
     elif kind in SYSTEMS:
-        importlib.import_module(f"modalities.diffusion.{kind}").load_official(model, adapter, name=name, **options)
+        system = importlib.import_module(f"modalities.diffusion.{_MODULES[kind]}")
+        system.load_official(model, adapter, name=name, **options)
     else:
         from shared.interop import import_adapter
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from modalities.diffusion.backbones.unet import unet_sites
+from modalities.diffusion.backbones.unet_sites import unet_sites
 from modalities.diffusion.res_adapter_files import LORA_FILES, NORM_FILES, other_base, read_folder
 from shared.adapted import Adapted
 from shared.backbone import Backbone

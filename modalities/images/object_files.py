@@ -15,6 +15,8 @@ from modalities.images.backbones.inputs import library
 from modalities.images.opening import PLACED, Opened, Opener
 from modalities.images.seeing import Found
 from shared.errors import RequestError, WorkError
+from shared.mapping import outlines
+from shared.rasters import Georeference, write_raster
 from shared.store import write_atomically
 
 SUFFIXES = {"classes": (".png", *PLACED), "polygons": (".geojson", ".json")}
@@ -110,8 +112,6 @@ def write_objects(job: Job, kind: str, opened: Opened, objects: Sequence[Found],
         mask, (row, column), _ = objects[index]
         numbers[row : row + mask.shape[0], column : column + mask.shape[1]][mask] = inside or index + 1
     if job.target.suffix.lower() in PLACED:
-        from modalities.remote_sensing.data import write_raster
-
         job.target.parent.mkdir(parents=True, exist_ok=True)
         write_raster(job.target, numbers[None], georeference=opened.place)
         return
@@ -120,7 +120,7 @@ def write_objects(job: Job, kind: str, opened: Opened, objects: Sequence[Found],
     write_atomically(job.target, file.getvalue())
 
 
-def check_target(target: Path, kind: str, place: Any) -> None:
+def check_target(target: Path, kind: str, place: Georeference | None) -> None:
     """Raises RequestError where a file of this name cannot say where its image lies, or says that it lies somewhere."""
     suffix = target.suffix.lower()
     if kind == "classes" and suffix == ".png" and place is not None:
@@ -133,8 +133,6 @@ def check_target(target: Path, kind: str, place: Any) -> None:
 
 
 def _outlined(opened: Opened, objects: Sequence[Found]) -> str:
-    from modalities.remote_sensing.mapping import outlines
-
     features = []
     for number, (mask, at, facts) in enumerate(objects, 1):
         told: Mapping[str, Any] = {"object": number, **facts, "pixels": int(mask.sum())}

@@ -12,17 +12,19 @@ import torch
 from modalities.images.data import Preparation
 from modalities.images.data.listing import images_below
 from shared.errors import RequestError
+from shared.mapping import Feed
+from shared.rasters import Georeference, Header, read_header, read_image
 
 PLACED = (".tif", ".tiff")  # of images that may lie somewhere on Earth
 
 
 class Opened(NamedTuple):
-    """image: float32 (bands, H, W), normalised, of the file's own size.  valid: bool (H, W).  place: its
-    ``Georeference``, None where the file names no reference system."""
+    """image: float32 (bands, H, W), normalised, of the file's own size.  valid: bool (H, W).  place: None
+    where the file names no reference system."""
 
     image: np.ndarray
     valid: np.ndarray
-    place: Any
+    place: Georeference | None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -41,15 +43,12 @@ class Opener:
 
     def __init__(self, described: Mapping[str, Any], window: int | None = None, bands: Sequence[int] | None = None):
         self.stretched, self._bands = "reading" not in described, bands
-        self._feed: Any = None
         if self.stretched:
             if given := [name for name, value in (("window", window), ("bands", bands)) if value is not None]:
                 raise RequestError(f"--{given[0]} is for rasters; this run was trained on whole images of three bands")
             self._preparation = Preparation.of(described)
             self.side, self.suffixes = self._preparation.size, self._preparation.suffixes
             return
-        from modalities.remote_sensing.mapping import Feed
-
         self._feed = Feed.of(described)
         self.side, self.suffixes = (
             self._feed.window if window is None else window,
@@ -63,8 +62,6 @@ class Opener:
         if self.stretched:
             pixels = self._preparation.normalised(torch.from_numpy(self._preparation.read(file))).numpy()
             return Opened(pixels, np.ones(pixels.shape[1:], bool), self.place(file))
-        from modalities.remote_sensing.data import read_header, read_image
-
         feed = self._feed
         feed.check_files(str(file), 1)
         header = read_header(file, layout=feed.layout)
@@ -72,12 +69,10 @@ class Opener:
         raster = read_image(file, bands=numbers, layout=feed.layout, fill=feed.fill)
         return Opened(feed.normalisation.apply(raster.image, raster.valid), raster.valid, _known(header))
 
-    def place(self, file: Path) -> Any:
+    def place(self, file: Path) -> Georeference | None:
         """Where a file lies, None where it does not say."""
         if file.suffix.lower() not in PLACED:
             return None
-        from modalities.remote_sensing.data import read_header
-
         return _known(read_header(file))
 
     def files(self, inputs: Sequence[Path]) -> list[tuple[Path, Path]]:
@@ -91,6 +86,6 @@ class Opener:
         return list(found.items())
 
 
-def _known(header: Any) -> Any:
+def _known(header: Header) -> Georeference | None:
     place = header.georeference
     return place if place is not None and place.crs else None

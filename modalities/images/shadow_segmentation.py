@@ -16,6 +16,7 @@ from torchmetrics.classification import BinaryStatScores
 from modalities.images.adapter_shadow import AdapterShadow, ShadowMasks, focal_loss, weighted_cross_entropy
 from shared.adapted import Adapted
 from shared.errors import RequestError, WorkError
+from shared.mapping import Feed, map_files
 from shared.training.optimiser import Optimiser
 from shared.training.task import Task
 
@@ -109,10 +110,8 @@ class ShadowSegmentation(Task):
         kind: str | None = None, overwrite: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         """Write the shadows of images at their own sizes: a mask of 255 in a shadow and 0 elsewhere, or outlines (see
-        ``object_files``). A run that was trained on rasters maps rasters (see ``mapping.map_files``)."""
+        ``object_files``). A run that was trained on rasters maps rasters (see ``shared.mapping.map_files``)."""
         if "reading" in described:
-            from modalities.remote_sensing.mapping import Feed, map_files
-
             options |= {"kind": kind, "overwrite": overwrite, "identity": identity}
             map_files(self._shares, Feed.of(described), inputs, output, **options)
             return

@@ -56,7 +56,7 @@ class ChangeDetection(Segmentation):
     ) -> None:  # fmt: skip
         """Map what changed between two rasters, or between those of one name in two folders: before, after.
 
-        options: those of ``mapping.files.map_files``, such as ``kind``, ``window`` and ``reproject``.
+        options: those of ``shared.mapping.map_files``, such as ``kind``, ``window`` and ``reproject``.
         """
         if len(inputs) != 2 or inputs[0].is_dir() != inputs[1].is_dir():
             raise RequestError(f"{len(inputs)} inputs: give two files or two folders, before and after")

@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from modalities.remote_sensing.data.augment import reexposed
 from shared.adapted import Adapted
 from shared.errors import RequestError, WorkError
+from shared.mapping import Feed, map_files
 from shared.training import processes
 from shared.training.optimiser import Optimiser
 from shared.training.task import Task
@@ -136,9 +137,7 @@ class Segmentation(Task):
         self, inputs: Sequence[Path], output: Path, *, described: Mapping[str, Any], identity: Mapping[str, Any],
         **options: Any,
     ) -> None:  # fmt: skip
-        """Map rasters of any size. options: those of ``mapping.files.map_files``, such as ``kind`` and ``window``."""
-        from modalities.remote_sensing.mapping import Feed
-        from modalities.remote_sensing.mapping.files import map_files
+        """Map rasters of any size. options: those of ``shared.mapping.map_files``, such as ``kind`` and ``window``."""
 
         def scores(image: Tensor) -> Tensor:
             return self.scores(image.to(self.device))

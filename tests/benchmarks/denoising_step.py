@@ -28,13 +28,13 @@ def _res_adapter() -> Any:
 
 
 def _mv_adapter() -> Any:
-    from modalities.diffusion.mv_adapter import MVAdapter
+    from modalities.diffusion.multi_view.mv_adapter import MVAdapter
 
     return MVAdapter(condition=False)
 
 
 def _i2v_adapter() -> Any:
-    from modalities.diffusion.i2v_adapter import I2VAdapter
+    from modalities.diffusion.video.i2v_adapter import I2VAdapter
 
     return I2VAdapter()
 

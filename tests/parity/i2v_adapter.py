@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from modalities.diffusion.backbones.motion import norm_per_frame
-from modalities.diffusion.i2v_adapter import I2VAttention
-from modalities.diffusion.starts import blurred, degraded
+from modalities.diffusion.video.i2v_adapter import I2VAttention
+from modalities.diffusion.video.starts import blurred, degraded
 from shared.errors import RequestError
 
 

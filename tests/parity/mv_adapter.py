@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modalities.diffusion import cameras
-from modalities.diffusion.mv_attention import ViewAttention
-from modalities.diffusion.mv_condition import t2i_adapter
+from modalities.diffusion.geometry import cameras
+from modalities.diffusion.multi_view.attention import ViewAttention
+from modalities.diffusion.multi_view.condition import t2i_adapter
 from modalities.diffusion.shifted import shifted
 from shared.errors import RequestError
 

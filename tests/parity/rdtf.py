@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modalities.diffusion.backbones.sti import STI
 from modalities.diffusion.masks import FAMILIES, condition, masked_condition, masked_loss
-from modalities.diffusion.sti import STI
 from shared.errors import RequestError
 from shared.training.curriculum import LEVELS, Curriculum
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from modalities.diffusion.backbones.unet import CONFIGS, DiffusersUNet, unet_sites
+from modalities.diffusion.backbones.unet import CONFIGS, DiffusersUNet
+from modalities.diffusion.backbones.unet_sites import unet_sites
 from modalities.diffusion.res_adapter import ResAdapter, official_names
 from shared.errors import RequestError
 from tests.parity.res_adapter import replay

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from modalities.remote_sensing.data.rasters import write_raster
+from shared.rasters import write_raster
 from tests.reliability.spoils import (
     IN_RUN,
     PREDICT,

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from modalities.remote_sensing.data.rasters import quiet
-from modalities.remote_sensing.data.statistics import Normalisation
-from modalities.remote_sensing.mapping import Feed, map_raster
+from shared.mapping import Feed, map_raster
+from shared.normalisation import Normalisation
+from shared.rasters import quiet
 
 LIMIT = 1.5e9  # bytes
 FIELD = 32  # pixels along a side of the squares of one colour

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from modalities.remote_sensing.data.rasters import write_raster
+from shared.rasters import write_raster
 from tests.reliability.world import HERE, World, as_picture, image, locked
 
 RUN, PREDICT = "run {recipe} --output {out}", "predict {run} {scene} -o {out}.tif"

@@ -16,8 +16,8 @@ import torch
 from rasterio import Affine
 from rasterio.crs import CRS
 
-from modalities.remote_sensing.data.rasters import Georeference, quiet, write_raster
 from shared import run
+from shared.rasters import Georeference, quiet, write_raster
 from tests.reliability.world import HERE, World, as_picture, image, labels, loop, opened, truncated
 
 SIZE, MARGIN = 64, 8  # one window, and a quarter of its overlap beyond the raster's edges

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from modalities.remote_sensing.data.rasters import write_raster
 from modalities.remote_sensing.segmentation import Segmentation
+from shared.rasters import write_raster
 from tests.reliability.world import HERE, World, image
 
 

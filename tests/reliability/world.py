@@ -18,8 +18,8 @@ import pytest
 from rasterio import Affine
 from rasterio.crs import CRS
 
-from modalities.remote_sensing.data.rasters import Georeference, quiet, write_raster
 from shared import cli
+from shared.rasters import Georeference, quiet, write_raster
 
 HERE = Georeference(CRS.from_epsg(4326), Affine(0.001, 0, 10, 0, -0.001, 50))
 COLOURS = np.array([[40, 60, 80], [120, 60, 160], [220, 200, 90]])  # of the classes

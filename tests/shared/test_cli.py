@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from shared import cli, store
+from shared.commands.facts import LISTS
 from shared.errors import WorkError
 
 
@@ -115,7 +116,7 @@ def test_list_and_show(say):
     assert {row["name"] for row in json.loads(say("list", "recipes", "--json")[1])} >= {
         "quickstart", "remote_sensing/cloud_adapter", "remote_sensing/landsat_biome",
     }  # fmt: skip
-    assert all(row["summary"] for what in cli.LISTS for row in json.loads(say("list", what, "--json")[1]))
+    assert all(row["summary"] for what in LISTS for row in json.loads(say("list", what, "--json")[1]))
     shown = say("show", "lora")[1]
     assert shown.startswith("LoRA: method of shared.methods.lora\n")
     assert "\n  rank: int = 8\n" in shown

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from modalities.remote_sensing.data import GeneratedScenes
-from modalities.remote_sensing.data.rasters import quiet, read_image
 from shared import cli, recipe, run
 from shared.errors import RequestError
+from shared.rasters import quiet, read_image
 from tests.shared.test_run import SMALL
 
 BANDS = ("red", "green", "blue", "nir")

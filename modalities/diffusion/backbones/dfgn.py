@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modalities.diffusion.backbones.unet import unet_sites
-from modalities.diffusion.sti import STI
+from modalities.diffusion.backbones.sti import STI
+from modalities.diffusion.backbones.unet_sites import unet_sites
 from shared import weights
 from shared.backbone import Backbone
 from shared.errors import RequestError

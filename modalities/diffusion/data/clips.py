@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from modalities.diffusion.data.images import parted
+from modalities.diffusion.data.keyframes import VGGFeatures, key_frames
 from modalities.diffusion.frames import ANIMATIONS, over_white, read_frames
-from modalities.diffusion.keyframes import VGGFeatures, key_frames
 from modalities.diffusion.masks import frame_mask
 from shared.errors import RequestError
 from shared.training.order import EpochSampler

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -192,9 +192,7 @@ class CaptionedImages(ManySizes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.validation_share, self.test_share) < 0 or self.validation_share + self.test_share >= 1:
-            raise RequestError("validation_share and test_share: from 0, together below 1")
-        self.rows  # noqa: B018  raises now where the folder is wrong
+        self.rows  # noqa: B018  raises now where the folder or a share is wrong
 
     @functools.cached_property
     def rows(self) -> dict[str, list[tuple[str, str]]]:
@@ -216,7 +214,9 @@ class CaptionedImages(ManySizes):
 
 
 def parted(rows: list[Any], validation: float, test: float, seed: int) -> dict[str, list[Any]]:
-    """Rows by split: shares of them drawn by the seed, the rest trains."""
+    """Rows by split: shares of them drawn by the seed, the rest trains. Raises RequestError for impossible shares."""
+    if min(validation, test) < 0 or validation + test >= 1:
+        raise RequestError("validation_share and test_share: from 0, together below 1")
     order = np.random.default_rng(seed).permutation(len(rows)).tolist()
     held = [round(len(rows) * share) for share in (validation, test)]
     ends = {"validation": (0, held[0]), "test": (held[0], sum(held)), "train": (sum(held), len(rows))}
@@ -229,14 +229,21 @@ def _captions(folder: Path) -> list[tuple[str, str]]:
     table = next((name for name in tables if (folder / name).is_file()), None)
     if table is None:
         raise RequestError(f"{folder}: neither captions.csv (file, caption) nor metadata.csv (file_name, text) there")
-    columns = tables[table]
-    with open(folder / table, newline="", encoding="utf-8") as file:
+    return captioned(folder / table, tables[table], Path.is_file)
+
+
+def captioned(table: Path, columns: tuple[str, str], there: Callable[[Path], bool]) -> list[tuple[str, str]]:
+    """(file, caption) of every row, by the names of these columns; all files must be ``there``, in the table's folder.
+
+    Raises RequestError for a row without one of them, and with the first file that is missing.
+    """
+    with open(table, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows or any(row.get(column) is None for row in rows for column in columns):
-        raise RequestError(f"{folder / table}: wants rows with {columns[0]} and {columns[1]}")
+        raise RequestError(f"{table}: wants rows with {columns[0]} and {columns[1]}")
     pairs = [(row[columns[0]], row[columns[1]]) for row in rows]
-    if absent := [name for name, _ in pairs if not (folder / name).is_file()]:
-        raise RequestError(f"{folder / table}: {len(absent)} of its files are not there (first: {absent[0]})")
+    if absent := [name for name, _ in pairs if not there(table.parent / name)]:
+        raise RequestError(f"{table}: {len(absent)} of its files are not there (first: {absent[0]})")
     return pairs
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from modalities.diffusion.buckets import Draw, Size, cover
-from modalities.diffusion.data.images import COLOURS, SPLITS, ManySizes, outside, parted
+from modalities.diffusion.data.images import COLOURS, SPLITS, ManySizes, captioned, outside, parted
 from modalities.diffusion.frames import ANIMATIONS, PICTURES, over_white, read_frames
 from shared.errors import RequestError
 
@@ -96,9 +95,7 @@ class CaptionedClips(_Clips):
         super().__post_init__()
         if self.stride < 1:
             raise RequestError(f"stride {self.stride}: use 1 or more")
-        if min(self.validation_share, self.test_share) < 0 or self.validation_share + self.test_share >= 1:
-            raise RequestError("validation_share and test_share: from 0, together below 1")
-        self.rows  # noqa: B018  raises now where the folder is wrong
+        self.rows  # noqa: B018  raises now where the folder or a share is wrong
 
     @functools.cached_property
     def rows(self) -> dict[str, list[tuple[str, str]]]:
@@ -136,13 +133,7 @@ def _listed(folder: Path) -> list[tuple[str, str]]:
         if not names:
             raise RequestError(f"{folder}: neither captions.csv (file, caption) nor clips ({', '.join(ANIMATIONS)})")
         return [(name, Path(name).stem.replace("_", " ").replace("-", " ")) for name in names]
-    with open(table, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or any(row.get(column) is None for row in rows for column in ("file", "caption")):
-        raise RequestError(f"{table}: wants rows with file and caption")
-    if absent := [row["file"] for row in rows if not (folder / row["file"]).exists()]:
-        raise RequestError(f"{table}: {len(absent)} of its files are not there (first: {absent[0]})")
-    return [(row["file"], row["caption"]) for row in rows]
+    return captioned(table, ("file", "caption"), Path.exists)
 
 
 def _holds_pictures(path: Path) -> bool:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modalities.diffusion.cameras import Cameras
+from modalities.diffusion.geometry.cameras import Cameras
 
 
 def disagreement(

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from modalities.diffusion import cameras
 from modalities.diffusion.buckets import BucketSampler, Size
-from modalities.diffusion.cameras import Cameras
+from modalities.diffusion.geometry import cameras
+from modalities.diffusion.geometry.cameras import Cameras
 from modalities.diffusion.multi_view import solids
 from shared.errors import RequestError
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
-from modalities.diffusion.cameras import FEWER, Cameras
 from modalities.diffusion.denoising import Denoising
+from modalities.diffusion.geometry.cameras import FEWER, Cameras
 from modalities.diffusion.multi_view import sampling
 from modalities.diffusion.multi_view.agreement import disagreement
-from modalities.diffusion.mv_adapter import MVAdapter
+from modalities.diffusion.multi_view.mv_adapter import MVAdapter
 from modalities.diffusion.sampling import to_bytes
 from modalities.diffusion.shifted import shifted
 from shared.adapted import Adapted

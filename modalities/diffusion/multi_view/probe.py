@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modalities.diffusion.cameras import Cameras
+from modalities.diffusion.geometry.cameras import Cameras
 from modalities.diffusion.multi_view import sampling
 from modalities.diffusion.multi_view.agreement import disagreement
 from shared.errors import RequestError

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modalities.diffusion import cameras
+from modalities.diffusion.geometry import cameras
 from modalities.diffusion.multi_view import texturing
 from modalities.diffusion.multi_view.data import on_grey
 from modalities.diffusion.sampling import check_length, check_size, check_textless, finite, of_pipeline, to_bytes

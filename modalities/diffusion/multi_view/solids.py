@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modalities.diffusion.cameras import Cameras
 from modalities.diffusion.data.images import COLOURS
+from modalities.diffusion.geometry.cameras import Cameras
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modalities.diffusion.cameras import geometry_guided
-from modalities.diffusion.meshes import Mesh, glb, normalised, read_mesh
-from modalities.diffusion.rendering import geometry_maps
-from modalities.diffusion.texture import Trust, bake, with_uv
+from modalities.diffusion.geometry.cameras import geometry_guided
+from modalities.diffusion.geometry.meshes import Mesh, glb, normalised, read_mesh
+from modalities.diffusion.geometry.rendering import geometry_maps
+from modalities.diffusion.geometry.texture import Trust, bake, with_uv
 from shared.errors import RequestError
 
 SHARP = 768  # pixels of a side for which the published limit of the depth's gradient is meant

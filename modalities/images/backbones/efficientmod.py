@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modalities.images.backbones.inputs import check_image, fit_bands, nearest
+from modalities.images.backbones.inputs import check_bands, check_image, example_images, fit_bands, nearest
 from shared import weights as w
 from shared.backbone import Backbone, Features
 from shared.errors import RequestError
@@ -69,9 +69,9 @@ class EfficientMod(Backbone):
 
         Raises RequestError where the name, the shape or the weights do not fit.
         """
-        if bands < 1 or name not in SHAPES:
-            what = f"bands {bands}: at least 1 is needed" if bands < 1 else f"no such network{nearest(name, SHAPES)}"
-            raise RequestError(f"{name}: {what}")
+        check_bands(name, bands)
+        if name not in SHAPES:
+            raise RequestError(f"{name}: no such network{nearest(name, SHAPES)}")
         if (weights == "random") != (checkpoint is None):
             hint = "weights 'random' and a checkpoint exclude each other" if checkpoint else "give checkpoint=FILE"
             raise RequestError(f"{name}: {hint} (the authors' README links the released files)")
@@ -98,8 +98,7 @@ class EfficientMod(Backbone):
 
     def example(self) -> tuple[Tensor]:
         """Two images of 32 x 64 pixels, of about unit variance."""
-        image = torch.randn(2, self.bands, 32, 64, generator=torch.Generator().manual_seed(0), device="cpu")
-        return (image.to(next(self.model.parameters())),)
+        return (example_images(self.model, self.bands, 32, 64),)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name}, {self.bands} bands, weights: {self.source})"

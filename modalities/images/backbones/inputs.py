@@ -1,4 +1,4 @@
-"""What a token backbone is asked for, checked: the library, image and patch size, bands, depths."""
+"""What a backbone is asked for, checked: the library, image and patch size, bands, depths; and images to try it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import importlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from shared.errors import RequestError
 
@@ -63,6 +64,18 @@ def check_image(name: str, image: Tensor, bands: int) -> None:
     """Raise where a batch of images has not the shape (B, bands, H, W)."""
     if image.ndim != 4 or image.shape[1] != bands:
         raise RequestError(f"{name}: images must be (batch, {bands} bands, height, width), got {tuple(image.shape)}")
+
+
+def check_bands(name: str, bands: int) -> None:
+    """Raise where images would have no band."""
+    if bands < 1:
+        raise RequestError(f"{name}: bands {bands}: at least 1 is needed")
+
+
+def example_images(model: nn.Module, bands: int, height: int, width: int) -> Tensor:
+    """Two images (batch norms need more than one value) of about unit variance, the same always, for this model."""
+    images = torch.randn(2, bands, height, width, generator=torch.Generator().manual_seed(0), device="cpu")
+    return images.to(next(model.parameters()))
 
 
 def evenly_spaced(total: int, count: int = 4) -> tuple[int, ...]:

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from modalities.images.backbones.inputs import byte_statistics, check_image, library, nearest
-from modalities.images.backbones.timm_hub import load
-from shared import weights as w
-from shared.backbone import Backbone, Features
-from shared.errors import RequestError
+from modalities.images.backbones.inputs import check_image, library
+from modalities.images.backbones.timm_stages import _TimmStages
+from shared.backbone import Features
 from shared.sites import Site, Sites, norm_sites
 
-ENTRY = "stem.0.conv.weight"
 CLASSIFIER = ("in_conv.", "pre_classifier.", "classifier.")
 
 
-class LowFormer(Backbone):
+class LowFormer(_TimmStages):
     """timm's ``LowFormer`` at ``self.model``: maps of its four stages at strides 4, 8, 16 and 32, as the blocks give
     them (no norm follows), and their last one's mean as the summary.
 
@@ -31,7 +26,7 @@ class LowFormer(Backbone):
     bands: channels of the image.
     """
 
-    model: Any
+    kind, family, entry = "LowFormer of timm", "lowformer", "stem.0.conv.weight"
 
     def __init__(
         self,
@@ -53,19 +48,7 @@ class LowFormer(Backbone):
 
         Raises RequestError where the name, an argument or the weights do not fit.
         """
-        if bands < 1:
-            raise RequestError(f"{name}: bands {bands}: at least 1 is needed")
-        if weights == "random" and checkpoint is not None:
-            raise RequestError(f"{name}: weights 'random' and checkpoint {checkpoint!r} exclude each other")
-        super().__init__(name)
-        self.model = w.build(lambda: _create(name, bands, model_args or {}), seed)
-        self.bands = bands
-        self.channels = tuple(stage["num_chs"] for stage in self.model.feature_info)
-        self.statistics = byte_statistics(self.model.pretrained_cfg, bands)
-        self.source = f"random (seed {seed})"
-        if weights == "pretrained":
-            renamed = partial(_renamed, self.model)
-            self.source = load(self.model, name, bands, checkpoint, entry=ENTRY, renamed=renamed)
+        super().__init__(bands, name, weights, checkpoint, seed, model_args)
 
     def forward(self, image: Tensor) -> Features:
         """image (B, bands, H, W) to maps (B, channels[s], H / 2^(s+2), W / 2^(s+2)), sizes rounded up."""
@@ -76,39 +59,15 @@ class LowFormer(Backbone):
             maps.append(x)
         return Features(tuple(maps), x.mean((2, 3)))
 
+    def renamed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """timm's or the authors' tensors without the classifier."""
+        if any(key.startswith("input_stem.") for key in state):  # the authors' names where their classifier is gone
+            state = {f"backbone.{key}": tensor for key, tensor in state.items()}
+        state = library("timm.models.lowformer").checkpoint_filter_fn(state, self.model)
+        return {key: tensor for key, tensor in state.items() if not key.startswith(CLASSIFIER)}
+
     def sites(self) -> Sites:
         return Sites(_sites(self), self.name)
-
-    def example(self) -> tuple[Tensor]:
-        """Two images of 64 x 96 pixels, of about unit variance."""
-        image = torch.randn(2, self.bands, 64, 96, generator=torch.Generator().manual_seed(0), device="cpu")
-        return (image.to(next(self.model.parameters())),)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name}, {self.bands} bands, weights: {self.source})"
-
-
-def _create(name: str, bands: int, model_args: dict[str, Any]) -> Any:
-    timm = library("timm")
-    known = timm.list_models(module="lowformer")
-    if name.partition(".")[0] not in known:
-        raise RequestError(f"{name}: no LowFormer of timm{nearest(name, known)}")
-    if taken := [key for key in model_args if key in ("in_chans", "num_classes", "pretrained", "features_only")]:
-        raise RequestError(f"{name}: model_args {taken}: use the arguments bands and weights")
-    try:
-        model = timm.create_model(name, in_chans=bands, **model_args)
-    except (TypeError, AssertionError, ValueError, IndexError, RuntimeError) as error:
-        raise RequestError(f"{name}: timm refuses {model_args}: {error}") from error
-    model.reset_classifier(0, reset_other=True)
-    return model
-
-
-def _renamed(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's or the authors' tensors without the classifier."""
-    if any(key.startswith("input_stem.") for key in state):  # the authors' names where their classifier is gone
-        state = {f"backbone.{key}": tensor for key, tensor in state.items()}
-    state = library("timm.models.lowformer").checkpoint_filter_fn(state, model)
-    return {key: tensor for key, tensor in state.items() if not key.startswith(CLASSIFIER)}
 
 
 def _sites(backbone: LowFormer) -> Iterator[Site]:

@@ -9,7 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from modalities.images.backbones.inputs import byte_statistics, check_image, fit_bands, nearest
+from modalities.images.backbones.inputs import (
+    byte_statistics,
+    check_bands,
+    check_image,
+    example_images,
+    fit_bands,
+    nearest,
+)
 from shared import weights as w
 from shared.backbone import Backbone, Features
 from shared.errors import RequestError
@@ -62,10 +69,8 @@ class MiT(Backbone):
 
         Raises RequestError where the name, a setting or the weights do not fit.
         """
-        if bands < 1:
-            raise RequestError(f"{name}: bands {bands}: at least 1 is needed")
-        if weights == "random" and checkpoint is not None:
-            raise RequestError(f"{name}: weights 'random' and checkpoint {checkpoint!r} exclude each other")
+        check_bands(name, bands)
+        w.check_choice(name, weights, checkpoint)
         super().__init__(name)
         self.model = w.build(lambda: _create(name, bands, model_args or {}), seed)
         self.bands, self.channels = bands, tuple(self.model.config.hidden_sizes)
@@ -88,8 +93,7 @@ class MiT(Backbone):
 
     def example(self) -> tuple[Tensor]:
         """Two images of 64 x 96 pixels, of about unit variance."""
-        image = torch.randn(2, self.bands, 64, 96, generator=torch.Generator().manual_seed(0), device="cpu")
-        return (image.to(next(self.model.parameters())),)
+        return (example_images(self.model, self.bands, 64, 96),)
 
     def _load(self, checkpoint: str | None) -> None:
         """Fill the model; on the meta device nothing is read."""

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from modalities.images.backbones.inputs import (
@@ -15,6 +14,7 @@ from modalities.images.backbones.inputs import (
     check_image,
     check_multiple,
     evenly_spaced,
+    example_images,
     fit_bands,
     library,
     nearest,
@@ -112,8 +112,7 @@ class OpenClipTower(TokenBackbone):
 
     def example(self) -> tuple[Tensor]:
         """Two images (batch norms need more than one value) of the tower's size, of about unit variance."""
-        image = torch.randn(2, self.bands, *self.image_size, generator=torch.Generator().manual_seed(0), device="cpu")
-        return (image.to(self.tower.conv1.weight),)
+        return (example_images(self.tower, self.bands, *self.image_size),)
 
     def _load(self, file: Path | None, tag: dict[str, Any]) -> None:
         """Fill the tower from a file or, without one, from the tag's; on the meta device nothing is read."""

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from modalities.images.backbones.inputs import (
-    byte_statistics,
-    check_image,
-    check_multiple,
-    library,
-    nearest,
-)
+from modalities.images.backbones.inputs import check_image, check_multiple, example_images, library
 from modalities.images.backbones.sites import QKV
-from modalities.images.backbones.timm_hub import load
-from shared import weights as w
-from shared.backbone import Backbone, Features
-from shared.errors import RequestError
+from modalities.images.backbones.timm_stages import _TimmStages
+from shared.backbone import Features
 from shared.sites import Site, Sites, norm_sites
 
-ENTRY = "patch_embed.proj.weight"
 OFFICIAL = "image_encoder.trunk."  # in a whole checkpoint of SAM 2
 
 
-class TimmHiera(Backbone):
+class TimmHiera(_TimmStages):
     """timm's ``HieraDet`` at ``self.model``: maps of its four stages at strides 4, 8, 16 and 32, as the blocks give
     them (SAM 2 has no norm there), and the last one's mean as the summary.
 
@@ -38,7 +27,7 @@ class TimmHiera(Backbone):
     bands: channels of the image.
     """
 
-    model: Any
+    kind, family, entry = "Hiera of timm's SAM 2", "hieradet_sam2", "patch_embed.proj.weight"
 
     def __init__(
         self,
@@ -60,20 +49,8 @@ class TimmHiera(Backbone):
 
         Raises RequestError where the name, an argument or the weights do not fit.
         """
-        if bands < 1:
-            raise RequestError(f"{name}: bands {bands}: at least 1 is needed")
-        if weights == "random" and checkpoint is not None:
-            raise RequestError(f"{name}: weights 'random' and checkpoint {checkpoint!r} exclude each other")
-        super().__init__(name)
-        self.model = w.build(lambda: _create(name, bands, model_args or {}), seed)
-        self.bands = bands
-        self.channels = tuple(stage["num_chs"] for stage in self.model.feature_info)
+        super().__init__(bands, name, weights, checkpoint, seed, model_args)
         self.step = max(4 * self.model.window_spec[0], 4 * 2 ** len(self.model.q_pool_blocks))
-        self.statistics = byte_statistics(self.model.pretrained_cfg, bands)
-        self.source = f"random (seed {seed})"
-        if weights == "pretrained":
-            renamed = partial(_renamed, self.model)
-            self.source = load(self.model, name, bands, checkpoint, entry=ENTRY, renamed=renamed)
 
     def forward(self, image: Tensor) -> Features:
         """image (B, bands, H, W) to maps (B, channels[s], H / 2^(s+2), W / 2^(s+2))."""
@@ -86,40 +63,19 @@ class TimmHiera(Backbone):
                 maps.append(x.permute(0, 3, 1, 2))
         return Features(tuple(maps), x.mean((1, 2)))
 
+    def renamed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """timm's tensors, or the encoder's of a whole SAM 2 file, without a head."""
+        if any(key.startswith(OFFICIAL) for key in state):
+            state = {key.removeprefix(OFFICIAL): tensor for key, tensor in state.items() if key.startswith(OFFICIAL)}
+        state = library("timm.models.hieradet_sam2").checkpoint_filter_fn(state, self.model)
+        return {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
+
     def sites(self) -> Sites:
         return Sites(_sites(self), self.name)
 
     def example(self) -> tuple[Tensor]:
         """Two images of 2 x 3 steps, of about unit variance."""
-        shape = (2, self.bands, 2 * self.step, 3 * self.step)
-        image = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
-        return (image.to(next(self.model.parameters())),)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name}, {self.bands} bands, weights: {self.source})"
-
-
-def _create(name: str, bands: int, model_args: dict[str, Any]) -> Any:
-    timm = library("timm")
-    known = timm.list_models(module="hieradet_sam2")
-    if name.partition(".")[0] not in known:
-        raise RequestError(f"{name}: no Hiera of timm's SAM 2{nearest(name, known)}")
-    if taken := [key for key in model_args if key in ("in_chans", "num_classes", "pretrained", "features_only")]:
-        raise RequestError(f"{name}: model_args {taken}: use the arguments bands and weights")
-    try:
-        model = timm.create_model(name, in_chans=bands, **model_args)
-    except (TypeError, AssertionError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
-        raise RequestError(f"{name}: timm refuses {model_args}: {error}") from error
-    model.reset_classifier(0, reset_other=True)
-    return model
-
-
-def _renamed(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's tensors, or the encoder's of a whole SAM 2 file, without a head."""
-    if any(key.startswith(OFFICIAL) for key in state):
-        state = {key.removeprefix(OFFICIAL): tensor for key, tensor in state.items() if key.startswith(OFFICIAL)}
-    state = library("timm.models.hieradet_sam2").checkpoint_filter_fn(state, model)
-    return {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
+        return (example_images(self.model, self.bands, 2 * self.step, 3 * self.step),)
 
 
 def _sites(backbone: TimmHiera) -> Iterator[Site]:

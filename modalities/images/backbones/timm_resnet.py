@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, Literal, Self
 
-import torch
 from torch import Tensor, nn
 
-from modalities.images.backbones.inputs import byte_statistics, check_image, library, nearest
-from modalities.images.backbones.timm_hub import load
-from shared import weights as w
-from shared.backbone import Backbone, Features
-from shared.errors import RequestError
+from modalities.images.backbones.inputs import check_image, library
+from modalities.images.backbones.timm_stages import _TimmStages
+from shared.backbone import Features
 from shared.sites import Site, Sites, norm_sites
 
-ENTRY = "conv1.weight"
 
-
-class TimmResNet(Backbone):
+class TimmResNet(_TimmStages):
     """timm's ``ResNet`` at ``self.model``: maps of its four stages at strides 4, 8, 16 and 32, and the last one's mean
     as the summary. Sizes that the strides do not divide are rounded up by the convolutions.
 
     bands: channels of the image.
     """
 
-    model: Any
+    kind, family, entry = "ResNet of timm", "resnet", "conv1.weight"
 
     def __init__(
         self,
@@ -50,19 +44,8 @@ class TimmResNet(Backbone):
 
         Raises RequestError where the name, an argument or the weights do not fit.
         """
-        if bands < 1:
-            raise RequestError(f"{name}: bands {bands}: at least 1 is needed")
-        if weights == "random" and checkpoint is not None:
-            raise RequestError(f"{name}: weights 'random' and checkpoint {checkpoint!r} exclude each other")
-        super().__init__(name)
-        self.model = w.build(lambda: _create(name, bands, model_args or {}), seed)
-        self.bands, self.norm_eval = bands, norm_eval
-        self.channels = tuple(stage["num_chs"] for stage in self.model.feature_info[-4:])
-        self.statistics = byte_statistics(self.model.pretrained_cfg, bands)
-        self.source = f"random (seed {seed})"
-        if weights == "pretrained":
-            renamed = partial(_renamed, self.model)
-            self.source = load(self.model, name, bands, checkpoint, entry=ENTRY, renamed=renamed)
+        super().__init__(bands, name, weights, checkpoint, seed, model_args)
+        self.channels, self.norm_eval = self.channels[-4:], norm_eval  # the first is the stem's
 
     def forward(self, image: Tensor) -> Features:
         """image (B, bands, H, W) to maps (B, channels[s], H / 2^(s+2), W / 2^(s+2)), sizes rounded up."""
@@ -82,36 +65,17 @@ class TimmResNet(Backbone):
                     module.eval()
         return self
 
+    def create(self, name: str, **arguments: Any) -> Any:
+        # timm starts the last norm of each branch at zero: frozen, such a random network would never use its branches.
+        return library("timm").create_model(name, num_classes=0, **{"zero_init_last": False, **arguments})
+
+    def renamed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Old files have no count of batches, which only norms without a momentum of their own need."""
+        mine = self.model.state_dict()
+        return {**state, **{n: t for n, t in mine.items() if n.endswith("num_batches_tracked") and n not in state}}
+
     def sites(self) -> Sites:
         return Sites(_sites(self), self.name)
-
-    def example(self) -> tuple[Tensor]:
-        """Two images of 64 x 96 pixels, of about unit variance."""
-        image = torch.randn(2, self.bands, 64, 96, generator=torch.Generator().manual_seed(0), device="cpu")
-        return (image.to(next(self.model.parameters())),)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name}, {self.bands} bands, weights: {self.source})"
-
-
-def _create(name: str, bands: int, model_args: dict[str, Any]) -> Any:
-    timm = library("timm")
-    known = timm.list_models(module="resnet")
-    if name.partition(".")[0] not in known:
-        raise RequestError(f"{name}: no ResNet of timm{nearest(name, known)}")
-    if taken := [key for key in model_args if key in ("in_chans", "num_classes", "pretrained", "output_stride")]:
-        raise RequestError(f"{name}: model_args {taken}: use the arguments bands and weights; strides are fixed")
-    try:
-        # timm starts the last norm of each branch at zero: frozen, such a random network would never use its branches.
-        return timm.create_model(name, in_chans=bands, num_classes=0, **{"zero_init_last": False, **model_args})
-    except (TypeError, AssertionError, ValueError, IndexError, RuntimeError) as error:
-        raise RequestError(f"{name}: timm refuses {model_args}: {error}") from error
-
-
-def _renamed(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Old files have no count of batches, which only norms without a momentum of their own need."""
-    counts = {n: t for n, t in model.state_dict().items() if n.endswith("num_batches_tracked") and n not in state}
-    return {**state, **counts}
 
 
 def _sites(backbone: TimmResNet) -> Iterator[Site]:

@@ -7,14 +7,15 @@ import io
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from modalities.images.backbones.inputs import (
     byte_statistics,
+    check_bands,
     check_image,
     check_multiple,
     evenly_spaced,
+    example_images,
     fit_bands,
     library,
     nearest,
@@ -72,10 +73,10 @@ class TimmViT(TokenBackbone):
 
         Raises RequestError where the name, a size, an argument or the weights do not fit.
         """
-        if bands < 1 or (patch_size is not None and patch_size < 1):
-            raise RequestError(f"{name}: bands {bands}, patch_size {patch_size}: both must be at least 1")
-        if weights == "random" and checkpoint is not None:
-            raise RequestError(f"{name}: weights 'random' and checkpoint {checkpoint!r} exclude each other")
+        check_bands(name, bands)
+        if patch_size is not None and patch_size < 1:
+            raise RequestError(f"{name}: patch_size {patch_size}: at least 1 is needed")
+        w.check_choice(name, weights, checkpoint)
         sizes = {"img_size": None if image_size is None else pair(image_size), "patch_size": patch_size}
         given = {key: value for key, value in sizes.items() if value is not None} | {"in_chans": bands}
         model = w.build(lambda: _create(name, given, model_args or {}), seed)
@@ -122,10 +123,7 @@ class TimmViT(TokenBackbone):
 
     def example(self) -> tuple[Tensor]:
         """Two images (batch norms need more than one value) of 2 x 3 patches, of about unit variance."""
-        like = next(self.model.parameters())
-        height, width = 2 * self.patch_size[0], 3 * self.patch_size[1]
-        image = torch.randn(2, self.bands, height, width, generator=torch.Generator().manual_seed(0), device="cpu")
-        return (image.to(like),)
+        return (example_images(self.model, self.bands, 2 * self.patch_size[0], 3 * self.patch_size[1]),)
 
     def __repr__(self) -> str:
         size, patch = (" x ".join(map(str, pixels)) for pixels in (self.image_size, self.patch_size))

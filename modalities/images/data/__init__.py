@@ -16,6 +16,3 @@ from modalities.images.data.raw_images import RawFolders as RawFolders
 from modalities.images.data.samples import Augmentation as Augmentation
 from modalities.images.data.samples import Preparation as Preparation
 from modalities.images.data.samples import Prepared as Prepared
-from modalities.images.data.statistics import Moments as Moments
-from modalities.images.data.statistics import Normalisation as Normalisation
-from modalities.images.data.statistics import given as given

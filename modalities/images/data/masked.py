@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from modalities.images.data.prepared import BAND_NAMES
 from modalities.images.data.splits import SPLITS
-from modalities.images.data.statistics import Moments, Normalisation, given
 from shared.errors import RequestError
+from shared.normalisation import Moments, Normalisation, given
 from shared.training.order import EpochSampler
 
 

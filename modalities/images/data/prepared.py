@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from modalities.images.data.files import KINDS
 from modalities.images.data.samples import Augmentation, Flip, Preparation, Readable
 from modalities.images.data.splits import SPLITS
-from modalities.images.data.statistics import Moments, Normalisation, given
 from shared.errors import RequestError
+from shared.normalisation import Moments, Normalisation, given
 from shared.training.order import EpochSampler
 
 BAND_NAMES = {1: ("grey",), 3: ("red", "green", "blue")}

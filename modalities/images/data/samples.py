@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from modalities.images.backbones.inputs import library
 from modalities.images.data.files import SUFFIXES, read_image
 from modalities.images.data.raw import RAW_SUFFIXES, Sensor
-from modalities.images.data.statistics import Normalisation
 from shared.errors import RequestError
+from shared.normalisation import Normalisation
 
 Flip = Literal["horizontal", "both"]
 

@@ -82,8 +82,7 @@ class TransformersText(Backbone):
 
         Raises RequestError where the name, a setting or the weights do not fit.
         """
-        if weights == "random" and checkpoint is not None:
-            raise RequestError(f"{name}: weights 'random' and checkpoint {checkpoint!r} exclude each other")
+        w.check_choice(name, weights, checkpoint)
         repository = published.find(name)
         super().__init__(repository or name)
         settings = _configuration(name, repository, checkpoint, config or {})

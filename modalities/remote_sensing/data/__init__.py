@@ -10,13 +10,7 @@ from modalities.remote_sensing.data.domains import GeneratedDomains as Generated
 from modalities.remote_sensing.data.folders import FolderScenes as FolderScenes
 from modalities.remote_sensing.data.generated import GeneratedScenes as GeneratedScenes
 from modalities.remote_sensing.data.generated_pairs import GeneratedPairs as GeneratedPairs
-from modalities.remote_sensing.data.masks import read_mask as read_mask
 from modalities.remote_sensing.data.pairs import FolderPairs as FolderPairs
-from modalities.remote_sensing.data.rasters import Georeference as Georeference
-from modalities.remote_sensing.data.rasters import read_header as read_header
-from modalities.remote_sensing.data.rasters import read_image as read_image
-from modalities.remote_sensing.data.rasters import write_raster as write_raster
 from modalities.remote_sensing.data.scenes import Scenes as Scenes
-from modalities.remote_sensing.data.statistics import Normalisation as Normalisation
 from modalities.remote_sensing.data.tiling import tiles as tiles
 from modalities.remote_sensing.data.torchgeo import TorchGeo as TorchGeo

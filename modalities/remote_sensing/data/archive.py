@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from modalities.images.data import read_image
 from modalities.remote_sensing.data.augment import crop_and_colour
 from modalities.remote_sensing.data.splits import SPLITS, split_scenes
-from modalities.remote_sensing.data.statistics import IGNORE
 from shared.errors import RequestError
+from shared.rasters import IGNORE
 
 
 class _Photographs:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from modalities.remote_sensing.data.folders import FolderScenes, FolderSource
-from modalities.remote_sensing.data.masks import Labels
 from modalities.remote_sensing.data.splits import deal_scenes, scene_of
 from shared.errors import RequestError
+from shared.rasters import Labels
 
 # Reflectance at the top of the atmosphere; tir1 in kelvin. The tiles in circulation are described as red, green, blue,
 # but store Landsat's own order (bands 2 3 4 5 6 7 9 10): over dark ground the first band is the brightest and the third

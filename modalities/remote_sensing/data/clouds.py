@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from modalities.remote_sensing.data.folders import FolderScenes
-from modalities.remote_sensing.data.search import rasters_below
 from shared.errors import RequestError
+from shared.rasters import rasters_below
 
 SPLITS = {"train": "train", "validation": "val", "test": "test"}
 SCENE = r"^(?:.*?_(?=L[COTEM]\d\d_))?(?P<scene>.+)$"  # the Landsat scene that a patch's name ends with, or all of it

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from modalities.images.data import Normalisation
+from shared.normalisation import Normalisation
 
 MOST = 3  # pictures of one image
 # Names in use for a band: ours, and the common names of STAC (the electro-optical extension), best first.

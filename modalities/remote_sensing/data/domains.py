@@ -14,12 +14,11 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from modalities.remote_sensing.data.biome import BANDS, CLASSES
 from modalities.remote_sensing.data.folders import FolderScenes
 from modalities.remote_sensing.data.generated import GeneratedSource
-from modalities.remote_sensing.data.rasters import Window
 from modalities.remote_sensing.data.samples import Tiles
 from modalities.remote_sensing.data.scenes import Scenes
-from modalities.remote_sensing.data.splits import split_scenes
-from modalities.remote_sensing.data.statistics import IGNORE, Source
+from modalities.remote_sensing.data.statistics import Source
 from shared.errors import RequestError
+from shared.rasters import IGNORE, Window
 
 SOURCE, TARGET = 0, 1
 
@@ -238,18 +237,22 @@ class GeneratedDomains(Domains):
         augment: bool = True,
     ):
         both: dict[str, Any] = {
-            "classes": CLASSES, "tile": tile, "overlap": overlap, "batch_size": batch_size, "workers": workers,
-            "seed": seed, "augment": augment,
+            "tile": tile, "overlap": overlap, "batch_size": batch_size, "workers": workers, "seed": seed,
+            "augment": augment,
         }  # fmt: skip
         if sensor < 0:
             raise RequestError(f"sensor {sensor}: use 0 (the same) or a number above, such as 0.2")
         made = GeneratedSource(count, size, tuple(bands), seed, biomes=biomes)
         other = GeneratedSource(target_count, size, tuple(bands), seed, biomes=target_biomes, first=count)
-        split = split_scenes(made.names, validation=validation, test=test, seed=seed)
-        source = Scenes(made, made.names, split, normalisation=normalisation, **both)
-        split = split_scenes(other.names, validation=target_validation, test=target_test, seed=seed)
+        source = Scenes(
+            made, made.names, CLASSES, validation=validation, test=test, normalisation=normalisation, **both
+        )
         shifted = Resensed(other, sensor, seed, source.normalisation.std)
-        super().__init__(source, Scenes(shifted, other.names, split, normalisation=_as(source), **both), pairs)
+        target = Scenes(
+            shifted, other.names, CLASSES, validation=target_validation, test=target_test, normalisation=_as(source),
+            **both,
+        )  # fmt: skip
+        super().__init__(source, target, pairs)
 
 
 class Resensed(_Reread):

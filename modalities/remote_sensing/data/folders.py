@@ -8,14 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from modalities.remote_sensing.data.band_files import gather, open_stack, read_stack_header
-from modalities.remote_sensing.data.masks import Labels, read_mask
-from modalities.remote_sensing.data.rasters import Header, Window, read_header, read_image
+from modalities.remote_sensing.data.files import check_place, chosen_bands, files_by_name
 from modalities.remote_sensing.data.scenes import Scenes
-from modalities.remote_sensing.data.search import rasters_below
-from modalities.remote_sensing.data.splits import scene_of, split_scenes
-from modalities.remote_sensing.data.statistics import IGNORE
+from modalities.remote_sensing.data.splits import scene_of
 from shared.errors import RequestError
+from shared.rasters import (
+    IGNORE,
+    Labels,
+    Window,
+    gather,
+    open_stack,
+    read_header,
+    read_image,
+    read_mask,
+    read_stack_header,
+)
 
 
 class FolderScenes(Scenes):
@@ -27,7 +34,7 @@ class FolderScenes(Scenes):
         palette pictures), or a list of such (0, 1, 2 ... if not given).
     ignore_value: what of mask files stands for no label, stated in the same way.
     band_files: where every band is a file of its own, for each band how the name of its files is, with ``*`` for the
-        scene: ``{red: "red_*", nir: "nir_*"}`` (see ``band_files.gather``). They give ``band_names``.
+        scene: ``{red: "red_*", nir: "nir_*"}`` (see ``shared.rasters.gather``). They give ``band_names``.
     mask_files: the same for masks, which may then lie in the folder of the images: ``"gt_*"``.
     bands: which bands, by name or by number from 1, in the order wanted (all if not given).
     band_names: names of all bands of a file, in its order (as the files describe them if not given).
@@ -78,20 +85,11 @@ class FolderScenes(Scenes):
             images, masks, labels, bands=bands, band_names=band_names, band_files=band_files, mask_files=mask_files,
             layout=layout, fill=fill,
         )  # fmt: skip
-        scene_names = [scene_of(name, group) for name in source.names]
         super().__init__(
-            source,
-            scene_names,
-            split_scenes(scene_names, validation=validation, test=test, seed=seed),
-            classes=classes,
-            tile=tile,
-            overlap=overlap,
-            normalisation=normalisation,
-            batch_size=batch_size,
-            workers=workers,
-            seed=seed,
+            source, [scene_of(name, group) for name in source.names], classes, validation=validation, test=test,
+            tile=tile, overlap=overlap, normalisation=normalisation, batch_size=batch_size, workers=workers, seed=seed,
             augment=augment,
-        )
+        )  # fmt: skip
 
 
 class FolderSource:
@@ -121,7 +119,7 @@ class FolderSource:
         own = None if band_files is None else tuple(band_files)
         headers = [read_stack_header(f, own, layout) if own else read_header(f[0], layout=layout) for f in self._images]
         self.sizes = [(header.height, header.width) for header in headers]
-        numbers, self.band_names = _chosen(headers[0], bands, own or band_names)
+        numbers, self.band_names = chosen_bands(headers[0], bands, own or band_names)
         self.file_bands = headers[0].band_names
         self.reading: dict[str, Any] = {"bands": numbers, "layout": layout, "fill": fill}
         self.reading |= {} if band_files is None else {"band_files": dict(band_files)}
@@ -130,7 +128,7 @@ class FolderSource:
                 raise RequestError(
                     f"{header.path}: {header.bands} bands, but {headers[0].path.name} has {headers[0].bands}"
                 )
-            _same_place(header, read_header(mask))
+            check_place(header, read_header(mask))
 
     def read(self, index: int, window: Window) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         files, reading = self._images[index], {k: v for k, v in self.reading.items() if k != "band_files"}
@@ -151,7 +149,7 @@ def _scenes(folder: Path, patterns: Mapping[str, str] | None) -> tuple[Path, dic
     """A folder, and the files of each scene in it by name."""
     if patterns:
         return folder, gather(folder, patterns)
-    return folder, {name: (path,) for name, path in _files(folder).items()}
+    return folder, {name: (path,) for name, path in files_by_name(folder).items()}
 
 
 def _pairs(
@@ -169,64 +167,3 @@ def _pairs(
             more = f" (and {len(alone) - 1} more)" if len(alone) > 1 else ""
             raise RequestError(f"{what} {have[alone[0]][0]}{more} has no {other}: {folder / alone[0]}.* is missing")
     return {name: (ours[name], theirs[name]) for name in sorted(ours)}
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise RequestError(f"{folder}: no such folder")
-    found: dict[str, Path] = {}
-    for path in rasters_below(folder):
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        if name in found:
-            raise RequestError(f"{found[name]} and {path.name} share one name; keep one of them")
-        found[name] = path
-    return found
-
-
-def _chosen(
-    header: Header, bands: Sequence[int | str] | None, band_names: Sequence[str] | None
-) -> tuple[list[int], tuple[str, ...]]:
-    """Numbers (from 1) and names of the bands wanted."""
-    # Four bands of which the last is marked alpha are often red, green, blue and near infrared: names tell.
-    everything = band_names is not None and len(band_names) == header.bands
-    numbers = list(range(1, header.bands + 1)) if everything else header.data_bands
-    names = tuple(band_names) if band_names is not None else tuple(header.band_names[n - 1] for n in numbers)
-    return choose(str(header.path), numbers, names, bands)
-
-
-def choose(
-    place: str, numbers: list[int], names: tuple[str, ...], bands: Sequence[int | str] | None
-) -> tuple[list[int], tuple[str, ...]]:
-    """Numbers and names of the bands wanted, out of those there are; ``place`` names them in an error."""
-    if len(names) != len(numbers) or len(set(names)) < len(names):
-        raise RequestError(
-            f"{place}: {len(numbers)} bands, but band_names gives {len(set(names))} different names {names}"
-        )
-    folded = [name.casefold() for name in names]
-    chosen = []
-    for band in bands or names:
-        if isinstance(band, str) and band.casefold() in folded:
-            chosen.append(folded.index(band.casefold()))
-        elif isinstance(band, int) and band in numbers:
-            chosen.append(numbers.index(band))
-        else:
-            listed = ", ".join(f"{number} {name}" for number, name in zip(numbers, names, strict=True))
-            raise RequestError(f"{place}: no band {band!r}; it has {listed}")
-    if len(set(chosen)) < len(chosen):
-        raise RequestError(f"bands {list(bands or names)}: each band once")
-    return [numbers[c] for c in chosen], tuple(names[c] for c in chosen)
-
-
-def _same_place(image: Header, mask: Header) -> None:
-    if (mask.height, mask.width) != (image.height, image.width):
-        sizes = f"{mask.height} x {mask.width} pixels, its image {image.height} x {image.width}"
-        raise RequestError(f"{mask.path}: {sizes}; a mask has its image's size")
-    one, other = image.georeference, mask.georeference
-    if one is None or other is None:
-        return
-    corners = [
-        np.array([place.at(*corner) for corner in ((0, 0), (image.width, image.height))]) for place in (one, other)
-    ]
-    pixel = abs(one.transform.a) + abs(one.transform.b)
-    if one.crs != other.crs or np.abs(corners[0] - corners[1]).max() > pixel / 2:
-        raise RequestError(f"{mask.path}: lies elsewhere than its image {image.path}; reproject it to the image's grid")

@@ -11,11 +11,9 @@ import numpy as np
 from modalities.remote_sensing.data.atmosphere import draw_clouds, draw_sun, look
 from modalities.remote_sensing.data.biome import BANDS, CLASSES
 from modalities.remote_sensing.data.landscape import BIOMES, PIXEL, landscape
-from modalities.remote_sensing.data.rasters import Georeference, Window, write_raster
 from modalities.remote_sensing.data.scenes import Scenes
-from modalities.remote_sensing.data.splits import split_scenes
-from modalities.remote_sensing.data.statistics import IGNORE
 from shared.errors import RequestError
+from shared.rasters import IGNORE, Georeference, Window, write_raster
 
 # Deviation of the sensor's noise: reflectance, and kelvin for tir1.
 NOISE = np.array([0.0015, 0.0015, 0.0015, 0.002, 0.002, 0.002, 0.0004, 0.15], np.float32)
@@ -103,18 +101,9 @@ class GeneratedScenes(Scenes):
     ):
         self._made = GeneratedSource(count, size, tuple(bands), seed)
         super().__init__(
-            self._made,
-            self._made.names,
-            split_scenes(self._made.names, validation=validation, test=test, seed=seed),
-            classes=CLASSES,
-            tile=tile,
-            overlap=overlap,
-            normalisation=normalisation,
-            batch_size=batch_size,
-            workers=workers,
-            seed=seed,
-            augment=augment,
-        )
+            self._made, self._made.names, CLASSES, validation=validation, test=test, tile=tile, overlap=overlap,
+            normalisation=normalisation, batch_size=batch_size, workers=workers, seed=seed, augment=augment,
+        )  # fmt: skip
 
     def write(self, folder: str | Path) -> None:
         """Write georeferenced ``folder/images/<name>.tif`` (float32) and ``folder/masks/<name>.tif`` (class indices),

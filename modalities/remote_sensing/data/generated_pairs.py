@@ -10,9 +10,8 @@ import numpy as np
 
 from modalities.remote_sensing.data.noise import fractal
 from modalities.remote_sensing.data.pairs import CHANGE, Pairs
-from modalities.remote_sensing.data.rasters import Georeference, Window, write_raster
-from modalities.remote_sensing.data.splits import split_scenes
 from shared.errors import RequestError
+from shared.rasters import Georeference, Window, write_raster
 
 BANDS: tuple[str, ...] = ("red", "green", "blue")
 PIXEL = 0.5  # metres
@@ -83,18 +82,9 @@ class GeneratedPairs(Pairs):
     ):
         self._made = GeneratedPairSource(count, size, seed)
         super().__init__(
-            self._made,
-            self._made.names,
-            split_scenes(self._made.names, validation=validation, test=test, seed=seed),
-            classes=CHANGE,
-            tile=tile,
-            overlap=overlap,
-            normalisation=normalisation,
-            batch_size=batch_size,
-            workers=workers,
-            seed=seed,
-            augment=augment,
-        )
+            self._made, self._made.names, CHANGE, validation=validation, test=test, tile=tile, overlap=overlap,
+            normalisation=normalisation, batch_size=batch_size, workers=workers, seed=seed, augment=augment,
+        )  # fmt: skip
 
     def write(self, folder: str | Path) -> None:
         """Write georeferenced ``folder/{A,B,label}/<name>.tif``, which ``FolderPairs(folder=folder)`` reads."""

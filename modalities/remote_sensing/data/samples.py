@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from modalities.remote_sensing.data.rasters import Window
-from modalities.remote_sensing.data.statistics import IGNORE, Normalisation, Source
+from modalities.remote_sensing.data.statistics import Source
 from modalities.remote_sensing.data.tiling import Tile
+from shared.normalisation import Normalisation
+from shared.rasters import IGNORE, Window
 
 
 class Tiles(Dataset):

@@ -13,18 +13,12 @@ from torch.utils.data import DataLoader, Sampler
 
 from modalities.remote_sensing.data.composites import shown
 from modalities.remote_sensing.data.samples import Tiles
-from modalities.remote_sensing.data.splits import SPLITS, Split
-from modalities.remote_sensing.data.statistics import (
-    IGNORE,
-    Normalisation,
-    Source,
-    Survey,
-    given,
-    measured,
-    survey,
-)
+from modalities.remote_sensing.data.splits import SPLITS, split_scenes
+from modalities.remote_sensing.data.statistics import Source, Survey, measured, survey
 from modalities.remote_sensing.data.tiling import Tile, tiles
 from shared.errors import RequestError
+from shared.normalisation import Normalisation, given
+from shared.rasters import IGNORE
 from shared.training.order import EpochSampler
 
 
@@ -35,9 +29,9 @@ class Scenes:
     added to fill a tile has image 0 and mask ``ignore_index``. Validation and test tiles do not overlap, and what the
     last tile of a row or column repeats is ignored, so that a score counts every labelled pixel once.
 
-    scene_names: the scene of each raster of ``source``.  split: scenes of each split.  The other arguments are those
-    of ``FolderScenes``. Pixels are first read when a loader or ``describe`` is asked for: then every raster is, once,
-    so that bad input shows before training does.
+    scene_names: the scene of each raster of ``source``.  The other arguments are those of ``FolderScenes``. Pixels are
+    first read when a loader or ``describe`` is asked for: then every raster is, once, so that bad input shows before
+    training does.
     """
 
     ignore_index = IGNORE
@@ -46,9 +40,10 @@ class Scenes:
         self,
         source: Source,
         scene_names: Sequence[str],
-        split: Split,
-        *,
         classes: Sequence[str],
+        *,
+        validation: float | Sequence[str],
+        test: float | Sequence[str],
         tile: int | None,
         overlap: int,
         normalisation: str | Mapping[str, Sequence[float]],
@@ -57,6 +52,7 @@ class Scenes:
         seed: int,
         augment: bool,
     ):
+        self.split = split_scenes(scene_names, validation=validation, test=test, seed=seed)
         if len(set(classes)) < len(classes) or not 2 <= len(classes) <= IGNORE:
             raise RequestError(f"classes {tuple(classes)}: 2 to {IGNORE} different names")
         if batch_size < 1 or workers < 0 or seed < 0:
@@ -66,11 +62,11 @@ class Scenes:
                 f"images differ in size ({sizes[0]} and {sizes[-1]} pixels), so state the size of a tile"
             )
         self.classes, self.band_names, self.bands = tuple(classes), source.band_names, len(source.band_names)
-        self.split, self.tile, self.overlap, self.augment = split, tile, overlap, augment
+        self.tile, self.overlap, self.augment = tile, overlap, augment
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
         self._source, self._scene_names = source, tuple(scene_names)
         self._given = None if normalisation == "measured" else given(normalisation, source.band_names)
-        self._rasters = {part: self._members(getattr(split, part)) for part in SPLITS}
+        self._rasters = {part: self._members(getattr(self.split, part)) for part in SPLITS}
         self._tiles = {part: self._cut(part) for part in SPLITS}
 
     def train(self) -> DataLoader:

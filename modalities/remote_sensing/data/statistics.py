@@ -8,13 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from modalities.images.data import Moments as Moments
-from modalities.images.data import Normalisation as Normalisation
-from modalities.images.data import given as given
-from modalities.remote_sensing.data.rasters import Window
 from shared.errors import RequestError
-
-IGNORE = 255
+from shared.normalisation import Moments, Normalisation
+from shared.rasters import IGNORE, Window
 
 
 class Source(Protocol):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from modalities.remote_sensing.data.rasters import Window
 from shared.errors import RequestError
+from shared.rasters import Window
 
 
 class Tile(NamedTuple):

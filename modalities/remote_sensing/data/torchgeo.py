@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Subset
 
 from modalities.remote_sensing.data.composites import shown
-from modalities.remote_sensing.data.folders import choose
-from modalities.remote_sensing.data.masks import Labels
+from modalities.remote_sensing.data.files import choose
 from modalities.remote_sensing.data.splits import SPLITS, split_scenes
-from modalities.remote_sensing.data.statistics import IGNORE, Moments, Normalisation, Survey, given, measured
+from modalities.remote_sensing.data.statistics import Survey, measured
 from modalities.remote_sensing.data.torchgeo_naming import build_dataset, build_sampler, installed
 from modalities.remote_sensing.data.torchgeo_samples import Part, Reader, Samples, drawn_by, shared_ground
 from shared.errors import RequestError
+from shared.normalisation import Moments, Normalisation, given
+from shared.rasters import IGNORE, Labels
 
 
 class TorchGeo:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from modalities.remote_sensing.data.masks import Labels
 from modalities.remote_sensing.data.samples import turned
-from modalities.remote_sensing.data.statistics import Normalisation
 from shared.errors import RequestError
+from shared.normalisation import Normalisation
+from shared.rasters import Labels
 
 
 class Part(NamedTuple):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modalities.diffusion.meshes import Mesh
+from modalities.diffusion.geometry.meshes import Mesh
 
 trimesh = pytest.importorskip("trimesh")
 pytest.importorskip("embreex")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from modalities.diffusion.backbones.dfgn import DFGN, WEIGHTS
-from modalities.diffusion.sti import STI
+from modalities.diffusion.backbones.sti import STI
 from shared import LoRA, adapt
 from shared.errors import RequestError
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modalities.diffusion.meshes import glb_metadata, read_mesh
+from modalities.diffusion.geometry.meshes import glb_metadata, read_mesh
 from shared import cli, recipe, run
 from tests.modalities.diffusion.shapes import trimesh
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from modalities.diffusion.backbones.unet import unet_sites
+from modalities.diffusion.backbones.unet_sites import unet_sites
 from modalities.diffusion.pipelines import attach, attached, detach
 from modalities.diffusion.res_adapter import ResAdapter, save_official
 from shared import Adapted, adapt

@@ -11,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modalities.diffusion import i2v_adapter, mv_adapter
-from modalities.diffusion.backbones.unet import DiffusersUNet, unet_sites
-from modalities.diffusion.i2v_adapter import I2VAdapter
-from modalities.diffusion.mv_adapter import MVAdapter
+from modalities.diffusion.backbones.unet import DiffusersUNet
+from modalities.diffusion.backbones.unet_sites import unet_sites
+from modalities.diffusion.multi_view import mv_adapter
+from modalities.diffusion.multi_view.mv_adapter import MVAdapter
 from modalities.diffusion.pipelines import attach, attached, detach, recognise
 from modalities.diffusion.res_adapter import LORA_FILES, NORM_FILES, ResAdapter, save_official
+from modalities.diffusion.video import i2v_adapter
+from modalities.diffusion.video.i2v_adapter import I2VAdapter
 from shared.errors import RequestError
 from tests.modalities.diffusion.conftest import shake, tiny
 from tests.modalities.diffusion.pipelines import save_pipeline

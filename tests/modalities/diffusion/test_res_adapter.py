@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modalities.diffusion.backbones.unet import DiffusersUNet, unet_sites
+from modalities.diffusion.backbones.unet import DiffusersUNet
+from modalities.diffusion.backbones.unet_sites import unet_sites
 from modalities.diffusion.res_adapter import ResAdapter, set_norm_strength
 from shared import LoRA, adapt, trainable
 from shared.errors import RequestError

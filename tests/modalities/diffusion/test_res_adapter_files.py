@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modalities.diffusion.backbones.unet import CONFIGS, DiffusersUNet, unet_sites
+from modalities.diffusion.backbones.unet import CONFIGS, DiffusersUNet
+from modalities.diffusion.backbones.unet_sites import unet_sites
 from modalities.diffusion.res_adapter import (
     LORA_FILES,
     NORM_FILES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modalities.diffusion.mv_condition import control_factor
+from modalities.diffusion.multi_view.condition import control_factor
 from modalities.diffusion.shifted import betas_of, shift, shifted
 from shared.errors import RequestError
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from modalities.diffusion.backbones.unet import DiffusersUNet, unet_sites
+from modalities.diffusion.backbones.unet import DiffusersUNet
+from modalities.diffusion.backbones.unet_sites import unet_sites
 from shared.errors import RequestError
 from tests.modalities.diffusion.conftest import inputs, tiny
 

@@ -33,7 +33,7 @@ def animate_diff(folder: Path, unet: Any, *, sees: bool = False) -> Any:
         CLIPVisionModelWithProjection,
     )
 
-    from modalities.diffusion.image_to_video import sampled
+    from modalities.diffusion.video.image_to_video import sampled
 
     torch.manual_seed(0)
     vae = AutoencoderKL(

@@ -20,16 +20,10 @@ from modalities.images.backbones import SAM, Prompts
 from modalities.images.data import GeneratedShadows, read_image
 from modalities.images.prompted import PromptedSegmentation
 from modalities.images.shadow_segmentation import ShadowSegmentation
-from modalities.remote_sensing.data import (
-    GeneratedScenes,
-    Georeference,
-    read_header,
-    write_raster,
-)
-from modalities.remote_sensing.data import (
-    read_image as read_raster,
-)
+from modalities.remote_sensing.data import GeneratedScenes
 from shared import LoRA, RequestError, WorkError, adapt
+from shared.rasters import Georeference, read_header, write_raster
+from shared.rasters import read_image as read_raster
 from shared.training.optimiser import Optimiser
 
 SETTINGS = {"points_per_side": 3, "pred_iou_thresh": -9.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}

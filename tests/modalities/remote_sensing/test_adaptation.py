@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from modalities.remote_sensing.adaptation import DomainGeneralisation, SelfTraining, pasted_classes
 from modalities.remote_sensing.data.domains import Domains
 from modalities.remote_sensing.data.scenes import Scenes
-from modalities.remote_sensing.data.splits import Split
 from modalities.remote_sensing.heads import LightDecoder
 from modalities.remote_sensing.segmentation import measure
 from shared.adapted import adapt
@@ -61,7 +60,7 @@ def domains(labels: str = "true", pairs: bool = True) -> Domains:
         names = tuple(source.names)
         found.append(
             Scenes(
-                source, names, Split(names[:6], names[6:8], names[8:]), classes=CLASSES, tile=None, overlap=0,
+                source, names, CLASSES, validation=names[6:8], test=names[8:], tile=None, overlap=0,
                 normalisation={"mean": [0.3] * 3, "std": [0.5] * 3}, batch_size=2, workers=0, seed=0, augment=True,
             )
         )  # fmt: skip

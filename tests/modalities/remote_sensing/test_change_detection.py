@@ -24,9 +24,8 @@ from torchmetrics.functional.classification import (
 )
 
 from modalities.remote_sensing.change_detection import ChangeDetection, measure_change
-from modalities.remote_sensing.data import GeneratedPairs, read_image
+from modalities.remote_sensing.data import GeneratedPairs
 from modalities.remote_sensing.data.generated_pairs import generate
-from modalities.remote_sensing.data.rasters import write_raster
 from modalities.remote_sensing.heads import LightDecoder, SSBiFPNDecoder, change
 from modalities.remote_sensing.segmentation import Segmentation
 from shared import cli, recipe, run
@@ -34,6 +33,7 @@ from shared.adapted import Adapted, adapt
 from shared.backbone import Features
 from shared.errors import RequestError
 from shared.methods import Probe
+from shared.rasters import read_image, write_raster
 from shared.sites import describe
 from shared.training import Optimiser
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modalities.images.backbones.inputs import check_multiple, fit_bands, library
+from modalities.images.backbones.inputs import check_bands, check_multiple, fit_bands, library
 from shared import weights as w
 from shared.errors import RequestError
 
@@ -59,10 +59,8 @@ def built(
 
     encoder: only the encoder's weights need to be there.
     """
-    if bands < 1:
-        raise RequestError(f"{name}: bands {bands}: at least 1")
-    if weights == "random" and checkpoint is not None:
-        raise RequestError(f"{name}: weights 'random' and checkpoint {checkpoint!r} exclude each other")
+    check_bands(name, bands)
+    w.check_choice(name, weights, checkpoint)
     sam = w.build(lambda: _model(shape, bands), seed)
     if weights == "random":
         return sam, f"random (seed {seed})"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from modalities.images.backbones.inputs import check_image, check_multiple
+from modalities.images.backbones.inputs import check_image, check_multiple, example_images
 from modalities.images.backbones.sam.building import MEAN, STD, built, resampled, shape_of
 from modalities.images.backbones.sam.prompts import Masks, Prompts, check_prompts, sized
 from modalities.images.backbones.sam.sites import decoder_sites, encoder_sites
@@ -248,5 +248,4 @@ def embedded(backbone: Any, encoder: Any, image: Tensor) -> Tensor:
 def _example(backbone: Any, columns: int) -> Tensor:
     """Two images of 2 x ``columns`` patches, of about unit variance."""
     height, width = 2 * backbone.patch_size[0], columns * backbone.patch_size[1]
-    noise = torch.randn(2, backbone.bands, height, width, generator=torch.Generator().manual_seed(0), device="cpu")
-    return noise.to(next(backbone.parameters()))
+    return example_images(backbone, backbone.bands, height, width)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from modalities.diffusion import cameras
+from modalities.diffusion.geometry import cameras
 from modalities.diffusion.multi_view import solids
 from modalities.diffusion.multi_view.data import GeneratedSolids, RenderedObjects
 from shared.errors import RequestError

@@ -12,7 +12,7 @@ from modalities.diffusion.backbones.unet import DiffusersUNet
 from modalities.diffusion.multi_view import sampling
 from modalities.diffusion.multi_view.data import GeneratedSolids
 from modalities.diffusion.multi_view.denoising import MultiViewDenoising
-from modalities.diffusion.mv_adapter import MVAdapter
+from modalities.diffusion.multi_view.mv_adapter import MVAdapter
 from modalities.diffusion.res_adapter import ResAdapter
 from modalities.diffusion.shifted import shift
 from shared import adapt

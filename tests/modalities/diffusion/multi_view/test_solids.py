@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from modalities.diffusion.cameras import geometry_guided, positions_from_depth, view_guided
+from modalities.diffusion.geometry.cameras import geometry_guided, positions_from_depth, view_guided
 from modalities.diffusion.multi_view.agreement import disagreement
 from modalities.diffusion.multi_view.solids import COLOURS, Solid, draw, render
 

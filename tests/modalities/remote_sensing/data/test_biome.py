@@ -5,9 +5,8 @@ import pytest
 
 from modalities.remote_sensing.data import LandsatBiome
 from modalities.remote_sensing.data.biome import BANDS, CLASSES
-from modalities.remote_sensing.data.masks import read_mask
-from modalities.remote_sensing.data.rasters import read_image
 from shared.errors import RequestError
+from shared.rasters import read_image, read_mask
 
 
 @pytest.fixture

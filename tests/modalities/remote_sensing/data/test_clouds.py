@@ -8,14 +8,13 @@ import torch
 
 from modalities.images.backbones import SAMEncoder, TimmViT
 from modalities.remote_sensing.cloud_adapter import CloudAdapter
-from modalities.remote_sensing.data import BinaryClouds, Cloud38, CloudSEN12, LandsatBiome, LandsatClouds, read_image
-from modalities.remote_sensing.data.band_files import gather, open_stack
-from modalities.remote_sensing.data.masks import Labels, read_mask
+from modalities.remote_sensing.data import BinaryClouds, Cloud38, CloudSEN12, LandsatBiome, LandsatClouds
 from modalities.remote_sensing.heads import LightDecoder
-from modalities.remote_sensing.mapping import Feed, map_files
 from modalities.remote_sensing.segmentation import Segmentation
 from shared import adapt
 from shared.errors import RequestError
+from shared.mapping import Feed, map_files
+from shared.rasters import Labels, gather, open_stack, read_image, read_mask
 from shared.training.optimiser import Optimiser
 
 KINDS = [(BinaryClouds, 2, 256), (CloudSEN12, 4, 512), (LandsatClouds, 4, 512)]

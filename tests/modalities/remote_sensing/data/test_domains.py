@@ -13,9 +13,9 @@ import torch
 from modalities.remote_sensing.data import FolderDomains, GeneratedDomains
 from modalities.remote_sensing.data.domains import Resensed
 from modalities.remote_sensing.data.generated import GeneratedSource
-from modalities.remote_sensing.data.rasters import Window
-from modalities.remote_sensing.mapping import Feed
 from shared.errors import RequestError
+from shared.mapping import Feed
+from shared.rasters import Window
 
 CLASSES = ("water", "field", "town")
 

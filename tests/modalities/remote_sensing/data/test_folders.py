@@ -12,9 +12,9 @@ from rasterio import Affine
 from rasterio.crs import CRS
 
 from modalities.remote_sensing.data import FolderScenes
-from modalities.remote_sensing.data.rasters import Georeference, write_raster
 from modalities.remote_sensing.data.scenes import Scenes
 from shared.errors import RequestError
+from shared.rasters import Georeference, write_raster
 
 CLASSES = ("land", "water", "cloud")
 

@@ -154,7 +154,7 @@ def test_written_scenes_are_read_back_the_same(tmp_path):
             assert a["name"] == b["name"]
             assert a["image"].equal(b["image"])
             assert a["mask"].equal(b["mask"])
-    from modalities.remote_sensing.data.rasters import read_header
+    from shared.rasters import read_header
 
     scene = generate(2, 0, 48)
     for part in ("images", "masks"):

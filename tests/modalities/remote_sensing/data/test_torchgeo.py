@@ -17,9 +17,9 @@ from rasterio.crs import CRS
 from torch.utils.data import DataLoader, RandomSampler
 
 from modalities.remote_sensing.data import TorchGeo
-from modalities.remote_sensing.mapping import Feed
 from shared import cli, recipe, run
 from shared.errors import RequestError
+from shared.mapping import Feed
 from shared.training.feed import Shares
 
 datasets = pytest.importorskip("torchgeo.datasets")

@@ -1,0 +1,1 @@
+"""RDTF: short clips from text and from any of their frames, trained from scratch."""

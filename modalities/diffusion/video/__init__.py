@@ -1,0 +1,1 @@
+"""Image to video: I2V-Adapter, its training and what its clips start from."""

@@ -1,0 +1,1 @@
+"""The commands of the command line; only what is asked for is imported."""
