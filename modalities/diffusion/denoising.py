@@ -13,6 +13,7 @@ from torchmetrics import Metric
 
 from modalities.diffusion import pipelines, sampling
 from modalities.diffusion.backbones.unet import DiffusersUNet
+from modalities.diffusion.shifted import shifted
 from shared.adapted import Adapted
 from shared.errors import RequestError
 from shared.generating import Made, Wanted
@@ -28,6 +29,8 @@ class Denoising(Task):
     ``caption``, ``crop`` and ``name``.
     pipeline: a folder or Hugging Face name of a Stable Diffusion (XL) pipeline, whose autoencoder, text encoders and
     noise schedule are used, frozen; None means pixels, no text, and Stable Diffusion's schedule.
+    velocity, shift: without a pipeline, whether the velocity is predicted in place of the noise (Salimans and Ho,
+    2022), and by how much the schedule is ``shifted`` to more noise.
     caption_dropout: share of training captions left empty, for guidance.
 
     Results of a split: ``loss``, the mean over images, and ``loss/<width>x<height>`` for each size. An evaluation draws
@@ -41,6 +44,8 @@ class Denoising(Task):
         optimiser: Optimiser,
         *,
         pipeline: str | None = None,
+        velocity: bool = False,
+        shift: float = 1.0,
         caption_dropout: float = 0.1,
     ):
         super().__init__(model, optimiser)
@@ -50,7 +55,11 @@ class Denoising(Task):
             raise RequestError(f"caption_dropout {caption_dropout:g}: use a share from 0 to 1")
         self.caption_dropout = caption_dropout
         self.pipeline = None if pipeline is None else _pipeline(pipeline, model.backbone.unet)
-        self.schedule = _schedule(self.pipeline)
+        if pipeline is not None and (velocity or shift != 1):
+            raise RequestError(f"velocity, shift: the pipeline {pipeline} has what it predicts and its schedule")
+        self.schedule = _schedule(self.pipeline, velocity)
+        if shift != 1:
+            self.schedule = shifted(self.schedule, shift)
         self._check(data)
         checked = getattr(data, "checked_sizes", list)
         self.sizes = [tuple(size) for size in checked()]
@@ -234,10 +243,13 @@ def _pipeline(name: str, unet: nn.Module) -> Any:
     return pipeline
 
 
-def _schedule(pipeline: Any) -> Any:
+def _schedule(pipeline: Any, velocity: bool = False) -> Any:
     """The noise of training: the pipeline's, or Stable Diffusion's (Rombach et al., 2022)."""
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     if pipeline is not None:
         return DDPMScheduler.from_config(pipeline.scheduler.config)
-    return DDPMScheduler(1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    return DDPMScheduler(
+        1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        prediction_type="v_prediction" if velocity else "epsilon",
+    )  # fmt: skip

@@ -28,7 +28,7 @@ class MultiViewDenoising(Denoising):
     """Mean squared error of the noise in V views of each object, told by maps and a reference (Huang et al., 2024).
 
     model: a ``DiffusersUNet`` with an ``MVAdapter``.  data: see ``multi_view.data``.
-    pipeline: as of ``Denoising``; its schedule is shifted.
+    pipeline, velocity: as of ``Denoising``; the schedule is shifted.
     caption_dropout, image_dropout, both_dropout: shares of objects without their caption, reference, or either.
     shift, shift_mode: of the schedule, see ``shifted``.  min_snr: weights are min(snr, this) / snr (Hang et al., 2023).
     fewer_views: train on a random choice of 6, 4, 3 or 2 views (published option).
@@ -47,6 +47,7 @@ class MultiViewDenoising(Denoising):
         optimiser: Optimiser,
         *,
         pipeline: str | None = None,
+        velocity: bool = False,
         caption_dropout: float = 0.1,
         image_dropout: float = 0.1,
         both_dropout: float = 0.1,
@@ -59,7 +60,7 @@ class MultiViewDenoising(Denoising):
         up: Literal["+x", "+y", "+z", "-x", "-y", "-z"] = "+y",
         front: Literal["+x", "+y", "+z", "-x", "-y", "-z"] = "+z",
     ):
-        super().__init__(model, data, optimiser, pipeline=pipeline, caption_dropout=caption_dropout)
+        super().__init__(model, data, optimiser, pipeline=pipeline, velocity=velocity, caption_dropout=caption_dropout)
         for name, share in (("image_dropout", image_dropout), ("both_dropout", both_dropout)):
             if not 0 <= share <= 1:
                 raise RequestError(f"{name} {share:g}: use a share from 0 to 1")

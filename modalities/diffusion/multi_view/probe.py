@@ -1,12 +1,13 @@
 """Whether training makes sampled views of one object agree: adapted models against their frozen base, pair by pair.
 
-    python -m modalities.diffusion.multi_view.probe RUN [RUN ...] [--objects 32] [--steps 20]
+    python -m modalities.diffusion.multi_view.probe RUN [RUN ...] [--objects 32] [--steps 20] [--sheet FILE.png]
 
 RUN: finished runs of recipes whose data know their geometry and give no reference; all use one base. For each test
 object all models make its views from the same noise. Means and standard errors over objects, of: ``disagreement``
 (see ``multi_view.agreement``); its difference to the base and to the last run named, of the same object; ``contrast``,
 how far the object's colours are from grey; and ``relative``, disagreement over contrast, with its difference to the
-last run: views that have only gone pale disagree less, but not relatively.
+last run: views that have only gone pale disagree less, but not relatively. The sheet shows views of the first objects,
+a row each of the true ones, the base and the runs.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from modalities.diffusion.geometry.cameras import Cameras
 from modalities.diffusion.multi_view import sampling
 from modalities.diffusion.multi_view.agreement import disagreement
+from modalities.diffusion.sampling import to_bytes
 from shared.errors import RequestError
+from shared.store import write_atomically
 
 HEADER = ("", "disagreement", "less base", "less last", "contrast", "relative", "less last")
 WIDTHS = (24, *[18] * 6)
@@ -49,16 +53,28 @@ def made(task: Any, sample: dict[str, Any], seed: int, steps: int) -> Tensor:
     return torch.from_numpy(found).permute(0, 3, 1, 2) / 255
 
 
-def measure(tasks: dict[str, Any], data: Any, objects: int, steps: int) -> dict[str, Tensor]:
-    """(objects, 2) of disagreement and contrast, for the true views, the base, and each task by its name."""
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ("true views", "base", *tasks)}
-    for index in range(objects):
-        sample = data.sample("test", index, None)
-        found["true views"].append(measured((sample["image"] + 1) / 2, sample))
-        for name, task in (("base", next(iter(tasks.values()))), *tasks.items()):
-            with task.model.disabled() if name == "base" else nullcontext():
-                found[name].append(measured(made(task, sample, index, steps), sample))
-    return {name: torch.tensor(rows) for name, rows in found.items()}
+def views_of(tasks: dict[str, Any], sample: dict[str, Any], seed: int, steps: int) -> dict[str, Tensor]:
+    """The views (V, 3, H, W) of an object: the true ones, those of the base, and of each task by its name."""
+    found = {"true views": (sample["image"] + 1) / 2}
+    for name, task in (("base", next(iter(tasks.values()))), *tasks.items()):
+        with task.model.disabled() if name == "base" else nullcontext():
+            found[name] = made(task, sample, seed, steps)
+    return found
+
+
+def measure(samples: Sequence[dict[str, Any]], views: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """(objects, 2) of disagreement and contrast by name, of each sample's ``views_of``."""
+    pairs = list(zip(samples, views, strict=True))
+    return {name: torch.tensor([measured(images[name], sample) for sample, images in pairs]) for name in views[0]}
+
+
+def sheet(views: Sequence[dict[str, Tensor]], columns: int = 3, zoom: int = 4) -> Tensor:
+    """One image (3, H, W) in 0 to 1 of what ``views_of`` gives of some objects, white between them."""
+    blocks = [torch.cat([torch.cat(list(images), -1) for images in each.values()], -2) for each in views]
+    blocks = [F.pad(block, (1, 1, 1, 1), value=1.0) for block in blocks]
+    blocks += [torch.ones_like(blocks[0])] * (-len(blocks) % columns)
+    lines = [torch.cat(blocks[i : i + columns], -1) for i in range(0, len(blocks), columns)]
+    return torch.cat(lines, -2).repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
 
 
 def table(found: dict[str, Tensor]) -> list[list[str]]:
@@ -82,8 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m modalities.diffusion.multi_view.probe", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+")
-    parser.add_argument("--objects", type=int, default=32, help="of the test split")
+    parser.add_argument("--objects", type=int, default=32, help="of the split")
+    parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--steps", type=int, default=20, help="of the sampler")
+    parser.add_argument("--sheet", type=Path, help="a PNG file to write, of the first 6 objects")
     given = parser.parse_args(arguments)
     try:
         if given.objects < 2 or given.steps < 1:
@@ -92,13 +110,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data = recipe.load(str(given.runs[0] / run.RECIPE)).build("data")
         for folder, task in tasks.items():
             _check(folder, task, next(iter(tasks.values())))
-        rows = table(measure(tasks, data, given.objects, given.steps))
+        samples = [data.sample(given.split, index, None) for index in range(given.objects)]
+        views = [views_of(tasks, sample, index, given.steps) for index, sample in enumerate(samples)]
+        rows = table(measure(samples, views))
         for row in (HEADER, *rows):
             print("".join(f"{cell:{width}}" for cell, width in zip(row, WIDTHS, strict=True)).rstrip())
+        if given.sheet is not None:
+            _save(sheet(views[:6]), given.sheet)
     except RequestError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _save(image: Tensor, path: Path) -> None:
+    from io import BytesIO
+
+    from PIL import Image
+
+    file = BytesIO()
+    Image.fromarray(to_bytes(image * 2 - 1)).save(file, "PNG", optimize=True)
+    write_atomically(path, file.getvalue())
 
 
 def _check(folder: str, task: Any, first: Any) -> None:

@@ -13,8 +13,10 @@ from modalities.diffusion.backbones.unet import DiffusersUNet
 from modalities.diffusion.data import GeneratedShapes
 from modalities.diffusion.denoising import Denoising
 from modalities.diffusion.res_adapter import ResAdapter
+from modalities.diffusion.shifted import shift
 from shared import adapt, recipe, run
 from shared.errors import RequestError
+from shared.generating import Wanted
 from shared.training import Engine, Optimiser, fit
 from tests.modalities.diffusion.conftest import tiny
 from tests.modalities.diffusion.pipelines import save_pipeline
@@ -59,6 +61,27 @@ def test_the_loss_is_the_error_of_the_predicted_noise():
     with torch.no_grad():
         said = task.model.backbone.unet(noisy, steps, encoder_hidden_states=torch.zeros(2, 1, 8)).sample
     assert float(loss.detach()) == pytest.approx(float((said - noise).square().mean()), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' schedulers
+def test_velocity_and_a_shifted_schedule_without_a_pipeline():
+    data = GeneratedShapes(images=12, **SMALL)
+    model = adapt(DiffusersUNet(data.bands, config=CONFIG), ResAdapter(rank=4))
+    task = Denoising(model, data, Optimiser(), velocity=True, shift=8.0)
+    batch = next(iter(data.train()))
+    torch.manual_seed(3)
+    loss = task.loss(batch)
+    torch.manual_seed(3)
+    noise, steps = torch.randn(batch["image"].shape), torch.randint(1000, (2,))
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    kept = shift((1 - betas).cumprod(0), 8.0).float()[steps][:, None, None, None]
+    noisy = kept.sqrt() * batch["image"] + (1 - kept).sqrt() * noise
+    velocity = kept.sqrt() * noise - (1 - kept).sqrt() * batch["image"]
+    with torch.no_grad():
+        said = task.model.backbone.unet(noisy, steps, encoder_hidden_states=torch.zeros(2, 1, 8)).sample
+    assert float(loss.detach()) == pytest.approx(float((said - velocity).square().mean()), rel=1e-3)
+    made = task.generate(Wanted(steps=2), progress=lambda *a: None)
+    assert made.images[0].shape == (1, 32, 32, 3)
 
 
 def test_channels_last_images_train():
@@ -237,6 +260,9 @@ def test_what_does_not_fit_is_named(latent):
     odd = GeneratedShapes(images=4, low=12, high=24, step=12, base=12)
     with pytest.raises(RequestError, match=r"4 channels at 1/8 of the size; .* the sizes go by 12 pixels"):
         Denoising(task.model, odd, Optimiser(), pipeline=folder)
+    for velocity, factor in ((True, 1.0), (False, 8.0)):
+        with pytest.raises(RequestError, match="velocity, shift: the pipeline .* has what it predicts"):
+            Denoising(task.model, data, Optimiser(), pipeline=folder, velocity=velocity, shift=factor)
 
 
 def test_the_recipe_in_its_published_and_in_its_tiny_form(tmp_path):
