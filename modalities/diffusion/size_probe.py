@@ -135,9 +135,9 @@ def measure(
         error = float(change.std()) / len(change) ** 0.5
         row = [
             f"{side} x {side}",
-            f"{before.mean():.4f}",
-            f"{adapted.mean():.4f}",
-            f"{change.mean():+.4f} ± {error:.4f}",
+            f"{before.mean():.5f}",
+            f"{adapted.mean():.5f}",
+            f"{change.mean():+.5f} ± {error:.5f}",
         ]
         if features is not None:
             real = pixels(test)
