@@ -1,6 +1,7 @@
 """What an adapter changes at sizes its base was not trained at: held-out denoising loss and a kernel distance.
 
-    python -m modalities.diffusion.size_probe RUN [--sizes 16,32,48,64] [--images 120] [--samples 96] [--steps 15]
+    python -m modalities.diffusion.size_probe RUN [CONTROL] [--sizes 16,32,48,64] [--images 120] [--samples 96]
+        [--steps 15]
 
 RUN is a finished run of an adapter whose recipe's data can be read. At each square size, in pixels, for the frozen
 and the adapted model: the denoising loss on the test images; and the kernel distance (Binkowski et al., 2018, KID)
@@ -11,13 +12,16 @@ of the distance with its standard deviation over 100 random halves, which estima
 that leaves out half: Shao and Wu, 1989). Below zero the adapted model is better; a difference less than twice its error
 cannot be told from none. The error is that of the test images and samples, not that of another training. The floor is
 the distance to as many training images.
+
+CONTROL is another finished run, of the same base and images, that takes the frozen model's place: say one trained as
+long at the base's size alone, so that what is left to RUN is not owed to longer training.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,32 +110,59 @@ def samples(task: Any, side: int, count: int, steps: int) -> Tensor:
     return torch.cat([torch.from_numpy(group) for group in made.images]).permute(0, 3, 1, 2).contiguous()
 
 
-def measure(task: Any, data: Any, sides: Sequence[int], images: int, count: int, steps: int) -> Iterator[list[str]]:
-    """A row of text for each size; see the head of this file. Without samples (count 0), only the losses."""
+def measure(
+    task: Any, control: Any, data: Any, sides: Sequence[int], images: int, count: int, steps: int
+) -> Iterator[list[str]]:
+    """A row of text for each size; see the head of this file. Without samples (count 0), only the losses.
+
+    control: a task, or None for the frozen model of ``task``.
+    """
+
+    def both(result: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
+        """Of the model compared with, and of the adapted one."""
+        if control is not None:
+            return result(control), result(task)
+        with task.model.disabled():
+            frozen = result(task)
+        return frozen, result(task)
+
     features = Summaries() if count else None
     task.eval()
     for side in sides:
         test = batches(data, "test", side, images)
-        adapted = losses(task, test)
-        with task.model.disabled():
-            frozen = losses(task, test)
-        change = adapted - frozen
+        before, adapted = both(lambda model, test=test: losses(model, test))
+        change = adapted - before
         error = float(change.std()) / len(change) ** 0.5
         row = [
             f"{side} x {side}",
-            f"{frozen.mean():.4f}",
-            f"{adapted.mean():.4f}",
-            f"{change.mean():+.4f} ± {error:.4f}",
+            f"{before.mean():.5f}",
+            f"{adapted.mean():.5f}",
+            f"{change.mean():+.5f} ± {error:.5f}",
         ]
         if features is not None:
             real = pixels(test)
-            after = distances(features, real, samples(task, side, count, steps))
-            with task.model.disabled():
-                before = distances(features, real, samples(task, side, count, steps))
+            far, near = both(
+                lambda model, side=side, real=real: distances(features, real, samples(model, side, count, steps))
+            )
             floor = distances(features, real, pixels(batches(data, "train", side, len(real))))
             row += [f"{d.mean():{sign}.0f} ± {d.std():.0f}"
-                    for d, sign in ((before, ""), (after, ""), (after - before, "+"), (floor, ""))]  # fmt: skip
+                    for d, sign in ((far, ""), (near, ""), (near - far, "+"), (floor, ""))]  # fmt: skip
         yield row
+
+
+def _control(folder: Path, task: Any, data: Any) -> Any:
+    """The task of a run to compare with. Raises RequestError where its base or test images are others."""
+    from shared import recipe, run
+
+    control = run.load(folder).task
+    ours, theirs = task.unet.own_state(), control.unet.own_state()
+    if ours.keys() != theirs.keys() or not all(torch.equal(value, theirs[name]) for name, value in ours.items()):
+        raise RequestError(f"{folder}: another base than that of the run it is compared with")
+    other = recipe.load(str(folder / run.RECIPE)).build("data")
+    names = [[batch["name"] for batch in batches(d, "test", data.step, d.count("test"))] for d in (data, other)]
+    if names[0] != names[1]:
+        raise RequestError(f"{folder}: other test images than those of the run it is compared with")
+    return control
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -143,7 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m modalities.diffusion.size_probe", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", metavar="RUN", type=Path)
+    parser.add_argument("control", metavar="CONTROL", type=Path, nargs="?", help="compared with, not the frozen model")
     parser.add_argument("--sizes", default="16,32,48,64", help="sides in pixels, with commas between")
     parser.add_argument("--images", type=int, default=120, help="test images of a size, at most")
     parser.add_argument("--samples", type=int, default=96, help="of a size, from each model; 0 leaves the KID out")
@@ -155,8 +187,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise RequestError("--images from 4, --samples 0 or from 4, --sizes such as 16,32")
         task = run.load(given.run).task
         data = recipe.load(str(given.run / run.RECIPE)).build("data")
-        print(_line(HEADS[: 8 if given.samples else 4]))
-        for row in measure(task, data, sides, given.images, given.samples, given.steps):
+        control = None if given.control is None else _control(given.control, task, data)
+        heads = HEADS if control is None else [head.replace("frozen", "control") for head in HEADS]
+        print(_line(heads[: 8 if given.samples else 4]))
+        for row in measure(task, control, data, sides, given.images, given.samples, given.steps):
             print(_line(row), flush=True)
     except RequestError as error:
         print(f"error: {error}", file=sys.stderr)

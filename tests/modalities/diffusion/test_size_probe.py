@@ -36,15 +36,9 @@ def test_from_a_base_of_ones_own_to_other_sizes(tmp_path, monkeypatch, capsys):
     do("export", "base", "-o", "base_unet", "--as", "diffusers")
     base = run.load("base").task.unet.unet.state_dict()
     shape = {"block_out_channels": [8, 16, 16], "norm_num_groups": 4, "attention_head_dim": 4}
-    do(
-        "run",
-        "diffusion/pixels_res_adapter",
-        *tiny,
-        "backbone.pretrained=base_unet",
-        "data.checks=4",
-        "--output",
-        "sizes",
-    )
+    adapt = ("run", "diffusion/pixels_res_adapter", *tiny, "data.checks=4")
+    ours = (*adapt, "backbone.pretrained=base_unet")
+    do(*ours, "--output", "sizes")
     adapted = run.load("sizes").task.model.backbone
     assert isinstance(adapted, DiffusersUNet)
     assert {name: adapted.unet.config[name] for name in shape} == shape
@@ -67,6 +61,26 @@ def test_from_a_base_of_ones_own_to_other_sizes(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[1] == lines[1][:56].rstrip()
     for wrong in (("--sizes", "0"), ("--samples", "3"), ("--images", "3")):
         assert size_probe.main(["sizes", *wrong]) == 2
+    do(*ours, "optimiser.learning_rate=0.03", "--output", "control")
+    capsys.readouterr()
+
+    def row(*runs, samples=0):
+        assert size_probe.main([*runs, "--sizes", "16", "--samples", str(samples), "--steps", "1"]) == 0
+        head, row = capsys.readouterr().out.splitlines()
+        assert ("frozen" in head, "control" in head) == (len(runs) == 1, len(runs) == 2)
+        return row.split()[3:]
+
+    (frozen, adapted, *_), (same, other, *_) = row("sizes"), row("control")
+    assert frozen == same
+    assert adapted != other
+    both = row("sizes", "control", samples=4)
+    assert both[:2] == [other, adapted]
+    assert float(both[2]) == pytest.approx(float(adapted) - float(other), abs=1.5e-5)
+    assert row("control", "sizes", samples=4)[5:8] == both[8:11]  # of the distances, too, the control's is first
+    do(*adapt, "seed=1", "--output", "random")
+    for control, why in (("random", "another base"), ("base", "other test images")):
+        assert size_probe.main(["sizes", control]) == 2
+        assert f"error: {control}: {why}" in capsys.readouterr().err
 
 
 class Colours(torch.nn.Module):
