@@ -6,11 +6,12 @@ RUN is a finished run of ``StickerDenoising`` whose recipe's data can be read. F
 every second one; the first half; the last half. The text is told in all of them. The first table has the squared error
 of the noise, the mean at five timesteps spread over the schedule; the second the root mean square difference between
 sampled and true clips over all bands, which go from 0 to 1. Both are of the frames that are not given, on the same
-noise whatever is given. Its columns: the right frames; how much more the error is with another test clip's and with
-none; and, of pixels, how much more (below zero: less) it is for what needs no model: the nearest given frames
-repeated, those on both sides blended linearly, and the frames of the training clip that is nearest in the given ones.
-The last column is the difference of the given frames themselves, which the model makes anew. Differences are paired
-over clips; ± is the standard error over them, not over trainings. Clips are taken without padding.
+noise whatever is given. Their columns: the right frames; how much more the error is with another test clip's, and with
+none. Of pixels also how much more it is, below zero: less, for what needs no model: the nearest given frames repeated,
+those on both sides blended linearly, and the frames of that training clip (of the first 512) that is nearest in the
+given ones. Last are the errors of the given frames themselves, which the model makes anew: as they are given and, of
+noise, as they are not. Differences are paired over clips; ± is the standard error over them, not over trainings. Clips
+are taken without padding.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from modalities.diffusion.sticker_sampling import denoise
 from shared.errors import RequestError
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the schedule
-NOISE = ("noise", "right frames", "another's", "none")
+KNOWN = 512  # training clips looked at
+NOISE = ("noise", "right frames", "another's", "none", "the given", "not given")
 PIXELS = ("pixels", "right frames", "another's", "none", "repeated", "blended", "nearest clip", "the given")
+PAIRED = (3, 6)  # columns of values that are compared, the others stand alone
 WIDTH = 20
 
 
@@ -55,15 +58,15 @@ def whole(data: Any, split: str, most: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def noise_errors(task: Any, x: Tensor, given: Tensor, missing: Tensor, text: dict[str, Tensor]) -> Tensor:
-    """The squared error (N,) of the noise in the missing frames (F,) of latents x, given condition latents."""
+def noise_errors(task: Any, x: Tensor, given: Tensor, text: dict[str, Tensor]) -> Tensor:
+    """The squared error (N, F) of the noise in each frame of latents x, given condition latents."""
     generator, found = torch.Generator().manual_seed(0), []
     for level in LEVELS:
         steps = torch.full((len(x),), int(level * task.schedule.config.num_train_timesteps), device=x.device)
         noise = torch.randn(x.shape, generator=generator).to(x)
         noisy: Any = task.schedule.add_noise(x, noise, steps)
         said = task.model(torch.cat([noisy, given], dim=1), steps, **text).sample
-        found.append((said.float() - noise)[:, :, missing].square().flatten(1).mean(1).cpu())
+        found.append((said.float() - noise).square().mean((1, 3, 4)).cpu())
     return torch.stack(found).mean(0)
 
 
@@ -98,9 +101,9 @@ def nearest(clips: Tensor, given: Tensor, known: Tensor) -> Tensor:
 
 
 def measure(task: Any, data: Any, clips: int, steps: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Of each case its name, the noise's errors (N, 3) and the pixels' (N, 7), in the order of the tables."""
+    """Of each case its name, the noise's errors (N, 5) and the pixels' (N, 7), in the order of the tables."""
     task.eval()
-    batch, known = whole(data, "test", clips), whole(data, "train", data.count("train"))["clip"]
+    batch, known = whole(data, "test", clips), whole(data, "train", KNOWN)["clip"]
     clip, real = batch["clip"], batch["frame_mask"].to(task.device)
     if len(clip) < 2:
         raise RequestError(f"{len(clip)} test clips: another clip's frames need 2")
@@ -111,13 +114,14 @@ def measure(task: Any, data: Any, clips: int, steps: int) -> Iterator[tuple[str,
         missing, errors, made = given == 0, [], []
         for source in (x, x.roll(1, 0), torch.zeros_like(x)):
             told = masked_condition(source, given, real)
-            errors.append(noise_errors(task, x, told, missing, text))
+            errors.append(noise_errors(task, x, told, text))
             latents = denoise(task, told, real, text, away, progress=lambda done, total: None, **sampler)
             made.append(task.latents.decode(latents).float().cpu())
         floors = [repeated(clip, given), blended(clip, given), nearest(clip, given, known)]
         pixels = [difference(other, clip, missing) for other in (*made, *floors)]
         pixels.append(difference(made[0], clip, given > 0))
-        yield name, torch.stack(errors, dim=1), torch.stack(pixels, dim=1)
+        noise = [e[:, missing].mean(1) for e in errors] + [errors[i][:, ~missing].mean(1) for i in (0, 2)]
+        yield name, torch.stack(noise, dim=1), torch.stack(pixels, dim=1)
 
 
 def row(name: str, values: Tensor, paired: int) -> list[str]:
@@ -149,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             data = recipe.load(str(folder / run.RECIPE)).build("data")
             found = list(measure(task, data, given.clips, given.steps))
             print(f"{folder}: {len(found[0][1])} clips")
-            noise, pixels = ([row(name, table[i], 3 * (i + 1)) for name, *table in found] for i in (0, 1))
+            noise, pixels = ([row(name, table[i], PAIRED[i]) for name, *table in found] for i in (0, 1))
             for line in (NOISE, *noise, PIXELS, *pixels):
                 print("".join(f"{cell:{WIDTH}}" for cell in line).rstrip())
     except RequestError as error:

@@ -37,16 +37,19 @@ def still(uses: bool) -> tuple[object, MovingDots]:
         clean = given.sum(2, keepdim=True) / shown.sum(2, keepdim=True).clamp(min=1) * uses
         return Clip((noisy - at.sqrt() * clean) / (1 - at).sqrt())
 
-    task.model.forward = told
+    task.model.forward = told  # type: ignore[method-assign]
     return task, clips
 
 
 def test_a_model_that_uses_what_it_is_given_is_told_from_one_that_does_not():
     task, clips = still(True)
     for name, noise, pixels in frame_probe.measure(task, clips, 4, 2):
-        assert noise.shape == (4, 3), name
+        assert noise.shape == (4, 5), name
         assert pixels.shape == (4, 7)
         assert noise[:, 0] == pytest.approx(torch.zeros(4), abs=1e-4)
+        assert (noise[:, 1:3] > 1e-4).all()
+        assert noise[:, 3] == pytest.approx(torch.zeros(4), abs=1e-4)
+        assert noise[:, 4] == pytest.approx(noise[:, 2])  # one grey in all frames
         assert pixels[:, 0] == pytest.approx(torch.zeros(4), abs=1e-3)
         assert pixels[:, 1] == pytest.approx(torch.tensor([90.0, 30, 30, 30]) / 255, abs=1e-3)  # the clip before it
         assert pixels[:, 2] == pytest.approx((torch.tensor([40.0, 70, 100, 130]) / 255 - 0.5).abs(), abs=1e-3)
@@ -87,7 +90,7 @@ def test_runs_are_measured_on_the_command_line(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "one: 3 clips"
     assert [line[:12].strip() for line in lines[2:6]] == [line[:12].strip() for line in lines[7:]]
-    assert [line.count("±") for line in lines[1:]] == [0, 3, 3, 3, 3, 0, 7, 7, 7, 7]
+    assert [line.count("±") for line in lines[1:]] == [0, 5, 5, 5, 5, 0, 7, 7, 7, 7]
     for wrong in (["one", "--clips", "1"], ["one", "--steps", "0"]):
         assert frame_probe.main(wrong) == 2
     assert "--clips from 2, --steps from 1" in capsys.readouterr().err
