@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from shared.animation import encoded
 from shared.errors import RequestError, WorkError
 from shared.generating import Made
 from shared.report import page, plots
@@ -20,6 +21,7 @@ from shared.report import page, plots
 PAGE, SETTINGS, SHEET = "page.html", "settings.json", "sheet.png"
 SHOWN = 64  # pictures on the page; all are in the folder
 PLAYED = 4  # videos on the page
+MOVING = (".gif", ".webp", ".apng")  # endings of animations, the last where there is alpha
 SHEET_SIDE = 4096  # greatest side of the sheet, pixels
 
 
@@ -67,7 +69,8 @@ def _contents(made: Made, settings: Mapping[str, Any], random: bool) -> dict[str
     if made.kind != "images":
         for group, images in enumerate(made.images):
             stem = "animation" if len(made.images) == 1 else f"animation_{group:03}"
-            contents |= {f"{stem}.{kind}": _animated(images, made.rate, kind) for kind in ("gif", "webp")}
+            kinds = MOVING if images.shape[-1] == 4 else MOVING[:2]
+            contents |= {f"{stem}{kind}": _animated(images, made.rate, kind, settings) for kind in kinds}
     if taken := {*contents, PAGE} & made.files.keys():
         raise WorkError(f"the task made a file {sorted(taken)[0]!r}, a name that is taken")
     contents |= made.files
@@ -139,19 +142,9 @@ def _sheet(made: Made) -> np.ndarray:
     return np.asarray(sheet.convert("RGB"))
 
 
-def _animated(images: np.ndarray, rate: float, kind: str) -> bytes:
-    """Frames as a looping GIF (on white) or a lossless WebP."""
-    from PIL import Image
-
-    frames = [Image.fromarray(np.ascontiguousarray(each)) for each in images]
-    if kind == "gif":
-        white = Image.new("RGBA", frames[0].size, "white")
-        frames = [Image.alpha_composite(white, frame.convert("RGBA")).convert("RGB") for frame in frames]
-    more: dict[str, Any] = {"lossless": True} if kind == "webp" else {"optimize": False, "disposal": 1}
-    buffer = io.BytesIO()
-    duration = max(1, round(1000 / rate))
-    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:], duration=duration, loop=0, **more)
-    return buffer.getvalue()
+def _animated(images: np.ndarray, rate: float, kind: str, settings: Mapping[str, Any]) -> bytes:
+    """Frames as a file that repeats, what is transparent stays so; see ``shared.animation``."""
+    return encoded(kind, images, [max(1, round(1000 / rate))] * len(images), settings)
 
 
 def _page(made: Made, settings: Mapping[str, Any], files: list[str], random: bool) -> str:
@@ -160,7 +153,7 @@ def _page(made: Made, settings: Mapping[str, Any], files: list[str], random: boo
     told = f"{len(named)} pictures of {_counted(len(made.images), _WORDS[made.kind])}" if made.kind != "images" else ""
     left = f"The first {SHOWN} of {len(named)}; all are in the folder." if len(named) > SHOWN else ""
     rows = [(str(n), v if isinstance(v, str) else json.dumps(v)) for n, v in settings.items() if v not in (None, "")]
-    moving = {name: name for name in files if name.endswith((".gif", ".webp"))}
+    moving = {name: name for name in files if name.endswith(MOVING)}
     further = {name: name for name in (SHEET, SETTINGS, *made.files)}
     return page.page(
         f"omniadapt: {settings.get('made by', 'generated')}",
@@ -184,7 +177,7 @@ def _counted(number: int, word: str) -> str:
 
 def _moving(made: Made) -> str:
     """The first videos as they play, in the page itself."""
-    moving = (_address(_animated(images, made.rate, "gif")) for images in made.images[:PLAYED])
+    moving = (_address(_animated(images, made.rate, ".gif", {})) for images in made.images[:PLAYED])
     named = {f"video {number}": source for number, source in enumerate(moving)}
     return page.pictures(f"{made.rate:g} frames a second", named)
 

@@ -143,7 +143,7 @@ def test_views_are_named_and_move(tmp_path):
     generated.write(tmp_path / "out", made, {"prompt": "a <chair> ünd", "guidance": 3.0, "negative": None})
     found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     views = {f"{g:03}/{i:04}_{n}.png" for g in range(2) for i, n in enumerate(made.names)}
-    moving = {f"animation_{g:03}.{kind}" for g in range(2) for kind in ("gif", "webp")}
+    moving = {f"animation_{g:03}.{kind}" for g in range(2) for kind in ("gif", "webp", "apng")}
     assert found == {*views, *moving, "mesh/model.obj", "sheet.png", "settings.json", "page.html"}
     with Image.open(tmp_path / "out/001/0002_back.png") as file:
         assert np.array_equal(np.asarray(file), made.images[1][2])
@@ -154,6 +154,11 @@ def test_views_are_named_and_move(tmp_path):
         assert np.array_equal(np.asarray(file.convert("RGBA"))[..., 3], made.images[0][0][..., 3])
     with Image.open(tmp_path / "out/animation_000.gif") as file:
         assert (file.n_frames, file.info["duration"], file.info["loop"]) == (3, 200, 0)
+        shown = made.images[0][0][..., 3] >= 128
+        assert np.array_equal(np.asarray(file.convert("RGBA"))[..., 3], 255 * shown)
+    with Image.open(tmp_path / "out/animation_000.apng") as file:
+        assert (file.n_frames, file.info["duration"], file.info["loop"]) == (3, 200, 0)
+        assert np.array_equal(np.asarray(file), made.images[0][0])
     page = (tmp_path / "out/page.html").read_text()
     assert "a &lt;chair&gt; ünd" in page
     assert 'href="mesh/model.obj"' in page

@@ -30,8 +30,10 @@ class DFGN(Backbone):
     bands: channels of the clips it denoises, for ``latents`` None.
     latents: channels of the latents, or of pixels (released: 4); None: ``bands``.
     widths: channels of the levels; all but the lowest have attention to the text.  layers: of each level.
-    head_width: of spatial and temporal attention.  groups: of all group norms.  text_width, t5_width: channels of the
-    tokens of the two text encoders (released: Chinese CLIP ViT-H's RoBERTa-large, a T5 base).
+    head_width: of spatial and temporal attention.  entry_heads: of the temporal attention before the levels (released:
+    8, which at small widths cost more than the levels do).  groups: of all group norms.
+    text_width, t5_width: channels of the tokens of the two text encoders (released: Chinese CLIP ViT-H's RoBERTa-large,
+    a T5 base).
     frames: of a clip, padding included.  sti_heads, sti_head_width: of the attention within STI.  fusion: see ``STI``.
     pretrained: a .safetensors file, or a folder diffusers wrote, with the released names (no weights were released);
     None draws random ones, to be trained whole (``method: Full``).  seed: of random weights.
@@ -50,6 +52,7 @@ class DFGN(Backbone):
         widths: tuple[int, ...] = (320, 640, 1024, 1280),
         layers: int = 2,
         head_width: int = 64,
+        entry_heads: int = 8,
         groups: int = 32,
         text_width: int = 1024,
         t5_width: int = 768,
@@ -70,7 +73,10 @@ class DFGN(Backbone):
         self.source = pretrained or f"random (seed {seed})"
         sti = {"frames": frames, "heads": sti_heads, "head_width": sti_head_width, "groups": groups, "fusion": fusion}
         self.unet = weights.build(
-            lambda: Network(channels, tuple(widths), layers, head_width, groups, text_width, t5_width, sti), seed
+            lambda: Network(
+                channels, tuple(widths), layers, head_width, entry_heads, groups, text_width, t5_width, sti
+            ),
+            seed,
         )
         if pretrained is not None and not weights.is_meta(self):
             path = Path(pretrained) / WEIGHTS if Path(pretrained).is_dir() else Path(pretrained)
@@ -99,8 +105,8 @@ class Network(nn.Module):
     """The modules, in the order and with the names of the released class, and how they run."""
 
     def __init__(
-        self, channels: int, widths: tuple[int, ...], layers: int, head: int, groups: int, text: int, t5: int,
-        sti: dict[str, Any],
+        self, channels: int, widths: tuple[int, ...], layers: int, head: int, entry_heads: int, groups: int,
+        text: int, t5: int, sti: dict[str, Any],
     ):  # fmt: skip
         super().__init__()
         from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -109,7 +115,7 @@ class Network(nn.Module):
         first, time = widths[0], 4 * widths[0]
         self.conv_in = nn.Conv2d(2 * channels, first, 3, padding=1)
         self.transformer_in = TransformerTemporalModel(
-            num_attention_heads=8, attention_head_dim=head, in_channels=first, norm_num_groups=groups
+            num_attention_heads=entry_heads, attention_head_dim=head, in_channels=first, norm_num_groups=groups
         )
         self.context_T5_clip_embedding = nn.Sequential(nn.Linear(t5, 2 * text), nn.SiLU(), nn.Linear(2 * text, text))
         self.image_latents_proj_in = nn.Sequential(

@@ -33,7 +33,8 @@ class StickerDenoising(Task):
     1, ``frame_mask`` (B, F), ``caption`` and ``name``.
     autoencoder, text_encoder, t5: frozen, see ``stickers.clip_encoders``; None: pixels; words as fixed
     vectors; no T5.
-    tasks: those trained and evaluated.  schedule, adaptive: of the curriculum (``shared.training.curriculum``).
+    tasks: those trained.  evaluated: those evaluated, None: the same.
+    schedule, adaptive: of the curriculum (``shared.training.curriculum``).
     curriculum_share: part of the training after which its weights by step stay.
     masked_words: share of words of training captions replaced by "#" (published: 0.2).
     betas: of the noise: "scaled_linear" (released config) or "linear" (paper).  guidance, eta: of the sampler (script:
@@ -53,6 +54,7 @@ class StickerDenoising(Task):
         text_encoder: str | None = None,
         t5: str | None = None,
         tasks: tuple[str, ...] = TASKS,
+        evaluated: tuple[str, ...] | None = None,
         schedule: Literal["anchors", "cosine", "none"] = "anchors",
         adaptive: bool = True,
         curriculum_share: float = 1.0,
@@ -63,12 +65,13 @@ class StickerDenoising(Task):
         negative: str = "",
     ):
         super().__init__(model, optimiser)
-        if unknown := [task for task in tasks if task not in FAMILIES]:
+        checked = tuple(tasks if evaluated is None else evaluated)
+        if unknown := [task for task in (*tasks, *checked) if task not in FAMILIES]:
             raise RequestError(f"no task {unknown[0]!r}; there are {', '.join(TASKS)}")
         if not (0 < curriculum_share <= 1 and 0 <= masked_words <= 1):
             raise RequestError("curriculum_share and masked_words are shares: above 0 to 1, and from 0 to 1")
         unet: Any = model.backbone
-        self.share, self.masked_words, self.tasks = curriculum_share, masked_words, tuple(tasks)
+        self.share, self.masked_words, self.evaluated = curriculum_share, masked_words, checked
         self.bands, self.frames, self.size, self.rate = (
             int(data.bands),
             int(data.frames),
@@ -81,7 +84,7 @@ class StickerDenoising(Task):
         self.sampler = Sampler(betas=betas, guidance=guidance, eta=eta, negative=negative)
         self.schedule = self.sampler.training()
         self.curriculum = Curriculum({task: FAMILIES[task] for task in tasks}, 1, schedule=schedule, adaptive=adaptive)
-        self.errors = ErrorBySize(len(self.tasks))
+        self.errors = ErrorBySize(len(checked))
 
     def _check(self, data: Any) -> None:
         """The data's clips must fit what the UNet takes."""
@@ -148,7 +151,7 @@ class StickerDenoising(Task):
         real = batch["frame_mask"]
         x = self.latents.encode(batch["clip"], real, draw=False)
         total = self.schedule.config.num_train_timesteps
-        for place, task in enumerate(self.tasks):
+        for place, task in enumerate(self.evaluated):
             seed = zlib.crc32("|".join([task, *batch["name"]]).encode())
             told = condition(task, int(real.sum(1).min()), self.frames, random.Random(seed))
             noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
@@ -159,7 +162,7 @@ class StickerDenoising(Task):
     def results(self) -> dict[str, Any]:
         sums, counts = self.errors.compute().tolist()
         self.errors.reset()
-        each = {f"loss/{task}": s / n for task, s, n in zip(self.tasks, sums, counts, strict=True) if n}
+        each = {f"loss/{task}": s / n for task, s, n in zip(self.evaluated, sums, counts, strict=True) if n}
         return {"loss": sum(sums) / sum(counts), **each}
 
     @torch.no_grad()
@@ -170,7 +173,7 @@ class StickerDenoising(Task):
         self.eval()
         dataset, rows = data.test().dataset, []
         half = torch.tensor([self.schedule.config.num_train_timesteps // 2], device=self.device)
-        for index, task in zip(range(min(3, len(dataset))), self.tasks[::-1], strict=False):
+        for index, task in zip(range(min(3, len(dataset))), self.evaluated[::-1], strict=False):
             one = dataset[index]
             clip, real = one["clip"][None].to(self.device), one["frame_mask"][None].to(self.device)
             x = self.latents.encode(clip, real, draw=False)

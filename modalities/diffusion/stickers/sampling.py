@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,11 +45,12 @@ class Sampler:
 
         return DDPMScheduler(1000, 0.00085, 0.012, self.betas, clip_sample=False)
 
-    def ddim(self, steps: int) -> Any:
+    def ddim(self, steps: int, *, pixels: bool) -> Any:
+        """pixels: no latents; a clean clip is known to be in -1 to 1, and the last step leaves no noise in it."""
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
         found = DDIMScheduler(
-            1000, 0.00085, 0.012, self.betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+            1000, 0.00085, 0.012, self.betas, clip_sample=pixels, set_alpha_to_one=pixels, steps_offset=1
         )
         found.set_timesteps(steps)
         return found
@@ -114,29 +115,46 @@ def sample(
     nothing guides.
     """
     task.eval()
-    device, ddim = task.device, task.sampler.ddim(steps)
-    real = frame_mask([frames] * count, task.frames).to(device)
+    real = frame_mask([frames] * count, task.frames).to(task.device)
     given = _given(task, places, side, real)
-    draws = [torch.Generator().manual_seed(seed + i) for i in range(count)]
-    noise = torch.cat([torch.randn((1, *given.shape[1:]), generator=g) for g in draws]).to(given)
-    guided = bool(prompt) and guidance > 1
     text = task.tell([prompt] * count, bool(prompt))
-    if guided:
-        away = task.tell([negative] * count, True)
+    away = task.tell([negative] * count, True) if prompt and guidance > 1 else None
+    seeds = range(seed, seed + count)
+    x = denoise(task, given, real, text, away, steps=steps, guidance=guidance, seeds=seeds, progress=progress)
+    return task.latents.decode(x[:, :, :frames])
+
+
+@torch.no_grad()
+def denoise(
+    task: StickerDenoising, given: Tensor, real: Tensor, text: dict[str, Tensor], away: dict[str, Tensor] | None, *,
+    steps: int, guidance: float, seeds: Sequence[int], progress: Callable[[int, int], None],
+) -> Tensor:  # fmt: skip
+    """Latents (B, C, F, h, w) from noise of a seed for each clip.
+
+    given: condition latents of that shape.  real: (B, F).  text: tokens.  away: those it is guided away from, or None.
+    """
+    device, ddim = task.device, task.sampler.ddim(steps, pixels=task.latents.vae is None)
+    draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = torch.cat([torch.randn((1, *given.shape[1:]), generator=g) for g in draws]).to(given)
+    if away is not None:
         text = {name: torch.cat([away[name], tokens]) for name, tokens in text.items()}
     x, shown = noise, real[:, None, :, None, None]
     for number, step in enumerate(ddim.timesteps.tolist()):
         # The padding is noised zeros in training; left to the model, it would drift where no loss ever looked.
         padding = ddim.add_noise(torch.zeros_like(x), noise, torch.tensor([step], device=device))
         x = torch.where(shown > 0, x, padding)
-        both = torch.cat([torch.cat([x, given], dim=1)] * (2 if guided else 1))
+        both = torch.cat([torch.cat([x, given], dim=1)] * (1 if away is None else 2))
         said = task.model(both, torch.tensor([step], device=device), **text).sample.to(x.dtype)
-        if guided:
+        if away is not None:
             without, within = said.chunk(2)
             said = without + guidance * (within - without)
-        x = ddim.step(said, step, x, eta=task.sampler.eta, generator=draws if task.sampler.eta else None).prev_sample
+        # Where a clean clip was cut to -1 to 1, the noise is what leads to it (Dhariwal and Nichol, 2021).
+        x = ddim.step(
+            said, step, x, eta=task.sampler.eta, use_clipped_model_output=True,
+            generator=draws if task.sampler.eta else None,
+        ).prev_sample  # fmt: skip
         progress(number + 1, steps)
-    return task.latents.decode(x[:, :, :frames])
+    return x
 
 
 def _given(task: StickerDenoising, places: dict[int, np.ndarray], side: int, real: Tensor) -> Tensor:

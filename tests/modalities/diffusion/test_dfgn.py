@@ -119,6 +119,14 @@ def test_every_input_counts_and_any_size_comes_out_as_it_went_in():
     assert backbone(torch.randn(2, 8, 8, 5, 7), step, text.expand(2, -1, -1)).sample.shape == (2, 4, 8, 5, 7)
 
 
+def test_the_attention_before_the_levels_may_have_fewer_heads():
+    few, many = small(entry_heads=2), small()
+    assert few.unet.transformer_in.proj_in.weight.shape == (2 * 8, 8)
+    assert many.unet.transformer_in.proj_in.weight.shape == (8 * 8, 8)
+    with torch.no_grad():
+        assert few(*few.example()).sample.shape == (1, 4, 8, 4, 4)
+
+
 def test_low_rank_adapters_find_its_sites():
     backbone = small()
     sites = backbone.sites()

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from modalities.diffusion.animation import write_animation
 from modalities.diffusion.data import AnimatedStickers, MovingDots
 from modalities.diffusion.data.clips import pixels
+from shared.animation import write_animation
 from shared.errors import RequestError
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from modalities.diffusion.animation import read_facts, write_animation
 from modalities.diffusion.frames import read_frames
+from shared.animation import read_facts, write_animation
 from shared.errors import RequestError, WorkError
 
 FACTS = {"prompt": "ein Tänzer \u2603", "seed": 7}

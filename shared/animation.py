@@ -32,15 +32,14 @@ def write_animation(
 
     Raises RequestError for another ending or shape, and WorkError where the disk refuses.
     """
-    form = FORMATS.get(path.suffix.lower())
-    if form is None:
+    if path.suffix.lower() not in FORMATS:
         raise RequestError(f"{path}: animations are written as {', '.join(FORMATS)}")
     if frames.ndim != 4 or frames.shape[-1] not in (3, 4) or frames.dtype != np.uint8 or not len(frames):
         raise RequestError(f"{path}: frames of shape {frames.shape} and {frames.dtype}: use uint8 (F, H, W, 3 or 4)")
     times = [float(durations)] * len(frames) if isinstance(durations, (int, float)) else [float(d) for d in durations]
     if len(times) != len(frames) or min(times) <= 0:
         raise RequestError(f"{path}: {len(frames)} frames want as many durations above 0, or one for all")
-    write_atomically(path, _bytes(form, frames, times, json.dumps(dict(facts or {}))))
+    write_atomically(path, encoded(path.suffix.lower(), frames, times, facts))
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -58,10 +57,12 @@ def read_facts(path: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _bytes(form: str, frames: np.ndarray, times: list[float], description: str) -> bytes:
+def encoded(ending: str, frames: np.ndarray, times: Sequence[float], facts: Mapping[str, Any] | None = None) -> bytes:
+    """The bytes of such a file. ending: one of ``FORMATS``.  times: of each frame, milliseconds."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
+    form, description = FORMATS[ending], json.dumps(dict(facts or {}))
     more: dict[str, Any]
     if form == "GIF":
         pictures = [_palette(frame) for frame in frames]
