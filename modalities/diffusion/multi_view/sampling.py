@@ -146,14 +146,17 @@ def with_pipeline(
 def in_pixels(
     task: Any, settings: dict[str, Any], control: Tensor | None, reference: Tensor | None, told: Callable[[int], None]
 ) -> np.ndarray:
-    """The same without a pipeline, by DDIM (Song et al., 2021) from the step of most noise, which is where noise alone
-    belongs (Lin et al., 2023, "trailing"); guidance is that of the reference."""
+    """The same without a pipeline, by DDIM (Song et al., 2021); guidance is that of the reference.
+
+    A model of the velocity starts at the step of most noise, where noise alone belongs (Lin et al., 2023). There one of
+    the noise has next to nothing to say of the image, and its errors are multiplied: it starts a little below.
+    """
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     count, height, width = (settings[name] for name in ("views", "height", "width"))
-    scheduler: Any = DDIMScheduler.from_config(
-        task.schedule.config, set_alpha_to_one=False, timestep_spacing="trailing"
-    )
+    config = task.schedule.config
+    spacing = "trailing" if config.prediction_type == "v_prediction" else "leading"
+    scheduler: Any = DDIMScheduler.from_config(config, set_alpha_to_one=False, timestep_spacing=spacing)
     scheduler.set_timesteps(settings["steps"])
     generator = torch.Generator().manual_seed(settings["seed"])
     x = torch.randn(count, task.unet.unet.config.in_channels, height, width, generator=generator).to(task.device)

@@ -218,7 +218,7 @@ def test_a_run_goes_on_with_another_folder_and_size_but_no_other_precision(tmp_p
 
 
 def test_a_prediction_tells_first_epochs_from_later_ones() -> None:
-    watch = plan._Watch(passes=2)
+    watch = plan._Watch(cached=True)
     watch.steps, watch.waits = [9.0, 5.0, 5.0, 5.0, 2.0, 1.0, 1.0, 1.0], [3.0, *[0.5] * 7]
     watch.checks, watch.after = [[20.0, 24.0, 28.0], [40.0, 41.0, 42.0]], 4.0
     assert watch.step == 1.0

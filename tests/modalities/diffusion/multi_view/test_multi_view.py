@@ -298,3 +298,11 @@ def test_what_is_not_made_is_said(picture):
 def test_wrong_settings(settings, message):
     with pytest.raises(RequestError, match=message):
         pixels(**settings)
+
+
+@pytest.mark.parametrize(("velocity", "first"), [(True, 999), (False, 500)])
+def test_only_a_model_of_the_velocity_starts_at_the_step_of_most_noise(velocity, first):
+    task, seen = pixels(velocity=velocity), []
+    task.unet.register_forward_pre_hook(lambda module, args: seen.append(int(torch.as_tensor(args[1]).max())))
+    task.generate(Wanted(steps=2, seed=5, views=4), progress=lambda *a: None)
+    assert seen[0] == first
