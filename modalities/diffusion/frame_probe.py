@@ -29,7 +29,7 @@ from torch.utils.data import default_collate
 
 from modalities.diffusion.masks import interpolations, masked_condition
 from modalities.diffusion.stickers.sampling import denoise
-from shared.errors import RequestError
+from shared.errors import RequestError, exit_status
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the schedule
 KNOWN = 512  # training clips looked at
@@ -134,7 +134,8 @@ def _spread(values: Tensor, sign: str = "") -> str:
     return f"{values.mean():{sign}.4f} ± {values.std() / len(values) ** 0.5:.4f}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@exit_status
+def main(arguments: Sequence[str] | None = None) -> None:
     from shared import recipe, run
 
     parser = argparse.ArgumentParser(prog="python -m modalities.diffusion.frame_probe", description=__doc__,
@@ -143,23 +144,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clips", type=int, default=32, help="of the test split, at most")
     parser.add_argument("--steps", type=int, default=12, help="of the sampler")
     given = parser.parse_args(arguments)
-    try:
-        if given.clips < 2 or given.steps < 1:
-            raise RequestError("--clips from 2, --steps from 1")
-        for folder in given.runs:
-            task = run.load(folder).task
-            if not hasattr(task, "curriculum"):
-                raise RequestError(f"{folder}: trains {type(task).__name__}, no StickerDenoising")
-            data = recipe.load(str(folder / run.RECIPE)).build("data")
-            found = list(measure(task, data, given.clips, given.steps))
-            print(f"{folder}: {len(found[0][1])} clips")
-            noise, pixels = ([row(name, table[i], PAIRED[i]) for name, *table in found] for i in (0, 1))
-            for line in (NOISE, *noise, PIXELS, *pixels):
-                print("".join(f"{cell:{WIDTH}}" for cell in line).rstrip())
-    except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if given.clips < 2 or given.steps < 1:
+        raise RequestError("--clips from 2, --steps from 1")
+    for folder in given.runs:
+        task = run.load(folder).task
+        if not hasattr(task, "curriculum"):
+            raise RequestError(f"{folder}: trains {type(task).__name__}, no StickerDenoising")
+        data = recipe.load(str(folder / run.RECIPE)).build("data")
+        found = list(measure(task, data, given.clips, given.steps))
+        print(f"{folder}: {len(found[0][1])} clips")
+        noise, pixels = ([row(name, table[i], PAIRED[i]) for name, *table in found] for i in (0, 1))
+        for line in (NOISE, *noise, PIXELS, *pixels):
+            print("".join(f"{cell:{WIDTH}}" for cell in line).rstrip())
 
 
 if __name__ == "__main__":

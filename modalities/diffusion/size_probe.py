@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from modalities.diffusion.buckets import Size
-from shared.errors import RequestError
+from shared.errors import RequestError, exit_status
 from shared.generating import Wanted
 
 TOGETHER, HALVES, SIDE = 16, 100, 96
@@ -169,7 +169,8 @@ def _line(cells: Iterable[str]) -> str:
     return "".join(f"{cell:{width}}" for cell, width in zip(cells, WIDTHS, strict=False)).rstrip()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@exit_status
+def main(arguments: Sequence[str] | None = None) -> None:
     from shared import recipe, run
 
     parser = argparse.ArgumentParser(prog="python -m modalities.diffusion.size_probe", description=__doc__,
@@ -181,21 +182,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=96, help="of a size, from each model; 0 leaves the KID out")
     parser.add_argument("--steps", type=int, default=15, help="of the sampler")
     given = parser.parse_args(arguments)
-    try:
-        sides = [int(side) if side.isdigit() else 0 for side in given.sizes.split(",")]
-        if given.images < 4 or (given.samples and given.samples < 4) or min(sides) < 1:
-            raise RequestError("--images from 4, --samples 0 or from 4, --sizes such as 16,32")
-        task = run.load(given.run).task
-        data = recipe.load(str(given.run / run.RECIPE)).build("data")
-        control = None if given.control is None else _control(given.control, task, data)
-        heads = HEADS if control is None else [head.replace("frozen", "control") for head in HEADS]
-        print(_line(heads[: 8 if given.samples else 4]))
-        for row in measure(task, control, data, sides, given.images, given.samples, given.steps):
-            print(_line(row), flush=True)
-    except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    sides = [int(side) if side.isdigit() else 0 for side in given.sizes.split(",")]
+    if given.images < 4 or (given.samples and given.samples < 4) or min(sides) < 1:
+        raise RequestError("--images from 4, --samples 0 or from 4, --sizes such as 16,32")
+    task = run.load(given.run).task
+    data = recipe.load(str(given.run / run.RECIPE)).build("data")
+    control = None if given.control is None else _control(given.control, task, data)
+    heads = HEADS if control is None else [head.replace("frozen", "control") for head in HEADS]
+    print(_line(heads[: 8 if given.samples else 4]))
+    for row in measure(task, control, data, sides, given.images, given.samples, given.steps):
+        print(_line(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from shared import recipe, run, store
-from shared.errors import RequestError
+from shared.errors import RequestError, exit_status
 
 PREFIX = "backbone."
 
@@ -47,19 +47,15 @@ def export_weights(folder: Path, out: Path) -> int:
     return len(content)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@exit_status
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m modalities.language.export_weights", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("run", type=Path, help="directory of a run of language/pretrain")
     parser.add_argument("folder", type=Path, help="where to write the two files")
     given = parser.parse_args(arguments)
-    try:
-        size = export_weights(given.run, given.folder)
-    except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    size = export_weights(given.run, given.folder)
     print(f"{given.folder}: weights of {size / 1e6:.2f} MB, and a tokenizer")
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.errors import RequestError
+from shared.errors import exit_status
 
 SHARES = torch.linspace(0.05, 0.95, 19).tolist()
 
@@ -53,7 +53,8 @@ def floors(data: Any) -> dict[str, dict[str, float]]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@exit_status
+def main(arguments: Sequence[str] | None = None) -> None:
     from shared import recipe
 
     parser = argparse.ArgumentParser(prog="python -m modalities.language.floors", description=__doc__,
@@ -61,14 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", help="a recipe of language modelling")
     parser.add_argument("overrides", metavar="key=value", nargs="*")
     given = parser.parse_args(arguments)
-    try:
-        found = floors(recipe.load(given.recipe, given.overrides).build("data"))
-    except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    found = floors(recipe.load(given.recipe, given.overrides).build("data"))
     for name, values in found.items():
         print(f"{name:10s}" + "".join(f"{key} {value:9.3f}   " for key, value in values.items()))
-    return 0
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from modalities.language.backbones import SmallLM, TransformersText
 from modalities.language.data import TextFiles
 from modalities.language.data.texts import Sample, padded
 from modalities.language.heads import pool
-from shared.errors import RequestError
+from shared.errors import exit_status
 from shared.logistic import logistic_regression
 
 SETS: dict[str, dict[str, Any]] = {
@@ -103,7 +103,8 @@ def measure(data: TextFiles, weights: str | None, pooling: str, seeds: int) -> d
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@exit_status
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m modalities.language.text_probe", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("folder", type=Path)
@@ -111,17 +112,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pooling", choices=("mean", "first", "last"), default="mean")
     given = parser.parse_args(arguments)
-    try:
-        for name in SETS:
-            data = read(given.folder, name)
-            print(f"{name}: {', '.join(f'{part} {len(data.samples[part])}' for part in PARTS)} texts")
-            for features, scores in measure(data, given.weights, given.pooling, given.seeds).items():
-                values = torch.tensor(scores)
-                print(f"  {features:50s} {values.mean():.3f} +- {values.std():.3f}")
-    except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    for name in SETS:
+        data = read(given.folder, name)
+        print(f"{name}: {', '.join(f'{part} {len(data.samples[part])}' for part in PARTS)} texts")
+        for features, scores in measure(data, given.weights, given.pooling, given.seeds).items():
+            values = torch.tensor(scores)
+            print(f"  {features:50s} {values.mean():.3f} +- {values.std():.3f}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from shared import store
-from shared.errors import RequestError
+from shared.errors import RequestError, exit_status
 
 PREFIX = "backbone.model."
 
@@ -40,19 +40,15 @@ def export_weights(run: Path, weights: Path) -> int:
     return len(content)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@exit_status
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m modalities.remote_sensing.export_weights", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("run", type=Path, help="adapter file of a run of remote_sensing/pretrain")
     parser.add_argument("weights", type=Path, help="the .safetensors file to write")
     given = parser.parse_args(arguments)
-    try:
-        size = export_weights(given.run, given.weights)
-    except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    size = export_weights(given.run, given.weights)
     print(f"{given.weights}: {size / 1e6:.2f} MB")
-    return 0
 
 
 if __name__ == "__main__":

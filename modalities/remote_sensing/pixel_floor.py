@@ -21,7 +21,7 @@ from torch import Tensor
 
 from modalities.remote_sensing.segmentation import measure
 from shared import recipe
-from shared.errors import RequestError
+from shared.errors import RequestError, exit_status
 from shared.logistic import logistic_regression
 
 
@@ -78,7 +78,8 @@ def _folds(asked: argparse.Namespace) -> list[Any]:
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@exit_status
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m modalities.remote_sensing.pixel_floor", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("recipe", help="a recipe file, or a name that 'omniadapt list recipes' shows")
@@ -88,23 +89,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pixels", type=int, default=2000, help="of each training image")
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args(arguments)
-    try:
-        if min(given.pixels, given.seeds) < 1:
-            raise RequestError(f"pixels {given.pixels} and seeds {given.seeds}: both are at least 1")
-        folds = _folds(given)
-        classes = folds[0].classes
-        counts = [confusion(folds, given.pixels, seed, balanced=given.balanced) for seed in range(given.seeds)]
-        found = [measure(one, classes) for one in counts]
-        for name in ("miou", "oa", *(f"iou/{c}" for c in classes)):
-            values = torch.tensor([one[name] for one in found])
-            print(f"{name:20s} {values.mean():.3f} +- {values.std(correction=int(len(values) > 1)):.3f}")
-        shares = counts[0].sum(1) / counts[0].sum()
-        for name, share in zip(classes, shares.tolist(), strict=True):
-            print(f"{f'all {name}':20s} {share:.3f}")
-    except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if min(given.pixels, given.seeds) < 1:
+        raise RequestError(f"pixels {given.pixels} and seeds {given.seeds}: both are at least 1")
+    folds = _folds(given)
+    classes = folds[0].classes
+    counts = [confusion(folds, given.pixels, seed, balanced=given.balanced) for seed in range(given.seeds)]
+    found = [measure(one, classes) for one in counts]
+    for name in ("miou", "oa", *(f"iou/{c}" for c in classes)):
+        values = torch.tensor([one[name] for one in found])
+        print(f"{name:20s} {values.mean():.3f} +- {values.std(correction=int(len(values) > 1)):.3f}")
+    shares = counts[0].sum(1) / counts[0].sum()
+    for name, share in zip(classes, shares.tolist(), strict=True):
+        print(f"{f'all {name}':20s} {share:.3f}")
 
 
 if __name__ == "__main__":

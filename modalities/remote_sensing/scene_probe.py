@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from modalities.images.data import read_image
 from modalities.remote_sensing.data.archive import resized
-from shared.errors import RequestError
+from shared.errors import RequestError, exit_status
 from shared.logistic import logistic_regression
 
 
@@ -79,7 +79,8 @@ def probe(features: Tensor, labels: Tensor, *, train: int = 7, seeds: int = 10) 
     return torch.stack(found)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@exit_status
+def main(arguments: Sequence[str] | None = None) -> None:
     from modalities.remote_sensing.backbones import MEAN, STD, AerialViT
 
     parser = argparse.ArgumentParser(prog="python -m modalities.remote_sensing.scene_probe", description=__doc__,
@@ -90,22 +91,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--size", type=int, default=128, help="pixels a side that the backbone sees")
     given = parser.parse_args(arguments)
-    try:
-        photographs, labels, classes = read_scenes(given.folder)
-        ours = AerialViT(3, checkpoint=None if given.weights is None else str(given.weights))
-        rows = {
-            f"{ours.name}, {ours.source}": summaries(ours, photographs, given.size, MEAN, STD),
-            "the same, random weights": summaries(AerialViT(3, weights="random"), photographs, given.size, MEAN, STD),
-            "colour and gradient histograms": colour_features(photographs),
-        }
-        print(f"{len(labels)} photographs, {len(classes)} classes, {given.train} of each train, {given.seeds} seeds")
-        for name, features in rows.items():
-            found = probe(features, labels, train=given.train, seeds=given.seeds)
-            print(f"{name:60s} {found.mean():.3f} +- {found.std():.3f}")
-    except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    photographs, labels, classes = read_scenes(given.folder)
+    ours = AerialViT(3, checkpoint=None if given.weights is None else str(given.weights))
+    rows = {
+        f"{ours.name}, {ours.source}": summaries(ours, photographs, given.size, MEAN, STD),
+        "the same, random weights": summaries(AerialViT(3, weights="random"), photographs, given.size, MEAN, STD),
+        "colour and gradient histograms": colour_features(photographs),
+    }
+    print(f"{len(labels)} photographs, {len(classes)} classes, {given.train} of each train, {given.seeds} seeds")
+    for name, features in rows.items():
+        found = probe(features, labels, train=given.train, seeds=given.seeds)
+        print(f"{name:60s} {found.mean():.3f} +- {found.std():.3f}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from modalities.diffusion.geometry.cameras import Cameras
 from modalities.diffusion.multi_view import sampling
 from modalities.diffusion.multi_view.agreement import disagreement
 from modalities.diffusion.sampling import to_bytes
-from shared.errors import RequestError
+from shared.errors import RequestError, exit_status
 from shared.store import write_atomically
 
 HEADER = ("", "disagreement", "less base", "less last", "contrast", "relative", "less last")
@@ -92,7 +92,8 @@ def _spread(values: Tensor) -> str:
     return f"{values.mean():.3f} ± {values.std() / len(values) ** 0.5:.3f}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@exit_status
+def main(arguments: Sequence[str] | None = None) -> None:
     from shared import recipe, run
 
     parser = argparse.ArgumentParser(prog="python -m modalities.diffusion.multi_view.probe", description=__doc__,
@@ -103,24 +104,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20, help="of the sampler")
     parser.add_argument("--sheet", type=Path, help="a PNG file to write, of the first 6 objects")
     given = parser.parse_args(arguments)
-    try:
-        if given.objects < 2 or given.steps < 1:
-            raise RequestError("--objects from 2, --steps from 1")
-        tasks = {str(folder): run.load(folder).task.eval() for folder in given.runs}
-        data = recipe.load(str(given.runs[0] / run.RECIPE)).build("data")
-        for folder, task in tasks.items():
-            _check(folder, task, next(iter(tasks.values())))
-        samples = [data.sample(given.split, index, None) for index in range(given.objects)]
-        views = [views_of(tasks, sample, index, given.steps) for index, sample in enumerate(samples)]
-        rows = table(measure(samples, views))
-        for row in (HEADER, *rows):
-            print("".join(f"{cell:{width}}" for cell, width in zip(row, WIDTHS, strict=True)).rstrip())
-        if given.sheet is not None:
-            _save(sheet(views[:6]), given.sheet)
-    except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if given.objects < 2 or given.steps < 1:
+        raise RequestError("--objects from 2, --steps from 1")
+    tasks = {str(folder): run.load(folder).task.eval() for folder in given.runs}
+    data = recipe.load(str(given.runs[0] / run.RECIPE)).build("data")
+    for folder, task in tasks.items():
+        _check(folder, task, next(iter(tasks.values())))
+    samples = [data.sample(given.split, index, None) for index in range(given.objects)]
+    views = [views_of(tasks, sample, index, given.steps) for index, sample in enumerate(samples)]
+    rows = table(measure(samples, views))
+    for row in (HEADER, *rows):
+        print("".join(f"{cell:{width}}" for cell, width in zip(row, WIDTHS, strict=True)).rstrip())
+    if given.sheet is not None:
+        _save(sheet(views[:6]), given.sheet)
 
 
 def _save(image: Tensor, path: Path) -> None:
